@@ -1,0 +1,250 @@
+"""The coordinator: one actor that streams trajectories through sample -> score -> detect -> verify -> expand.
+
+It knows no labeler by name and does no arithmetic of the method: that is `sapo_ray`'s. One question after another
+enters the stream and leaves it written; nothing waits for a whole stage. Every public coroutine that ends in `_notes`
+is one stage of a run and returns what the stage notes about itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from actors.engines import Engines
+from sapo_ray.annotator import Annotation, Annotator, distinct
+from sapo_ray.config import RunConfig
+from sapo_ray.cost import Cost
+from sapo_ray.data import LabelledTrajectory, Question, Trajectory
+from sapo_ray.evaluator import (
+    Sampled,
+    answer,
+    best_of_n_accuracy,
+    reasoner_report,
+    split_validation,
+    step_report,
+    verifier_report,
+)
+from sapo_ray.labelers import LabelingConfig, is_labelled, label_correct, make_labeler, start_score
+from sapo_ray.metrics import best_threshold, self_verification_error
+from sapo_ray.models import Calibration
+from sapo_ray.pairs import make_pairs, share_unlike
+from sapo_ray.report import StreamReport
+from sapo_ray.sampler import Sampler, Solver, round_questions
+from sapo_ray.store import (
+    RunDirectory,
+    label_row,
+    labelled_of,
+    pair_row,
+    rollout_row,
+    trajectory_of,
+    trajectory_row,
+)
+from sapo_ray.tasks import Chain
+
+_CALIBRATION_ROWS = 1000
+
+
+class Coordinator:
+    """Streams the data of a run through its engines, and writes it."""
+
+    def __init__(self, config: RunConfig, run_path: str) -> None:
+        self._config, self._store = config, RunDirectory(run_path)
+        self._task = Chain(config.task)
+        self._engines = Engines(config, self._task)
+
+    async def load_reasoner(self, checkpoint: str) -> None:
+        """Hold this reasoner from now on. Raises with the engine's own cause where none can start."""
+        await self._engines.load_reasoner(checkpoint)
+        self._solver = Solver(self._task, self._engines.tokenizer, self._engines.generate, self._config.seed)
+        self._sampler = Sampler(self._solver, self._config.sampling)
+
+    async def load_verifier(self, checkpoint: str) -> None:
+        """Hold this verifier from now on."""
+        await self._engines.load_verifier(checkpoint)
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget every prompt the reasoner's engines have seen."""
+        await self._engines.reset_prefix_cache()
+
+    async def close(self) -> None:
+        await self._engines.close()
+
+    async def progress(self) -> dict[str, Any]:
+        """How far the stage in progress is, in items, and the tokens it has generated."""
+        return self._engines.progress()
+
+    async def sample_validation(self) -> dict[str, Any]:
+        """Sample validation questions with M_0: the fixed trajectories that calibrate and check every verifier."""
+        questions = self._task.questions("validation")
+        self._engines.begin(len(questions))
+        with closing(self._store.writer(0, "validation")) as writer:
+            stream = self._engines.stream(questions, lambda q: self._sampler.unique(q, "validation"))
+            async for trajectories in stream:
+                writer.extend(trajectory_row(t) for t in trajectories)
+        return self._notes(trajectories=writer.rows)
+
+    async def sample_and_label(self, round_number: int) -> dict[str, Any]:
+        """S_i = Sample(M_{i-1}) and L_i = labels of a subset of S_i by V_{i-1} and M_{i-1}, as one stream."""
+        config, stage = self._config, f"round-{round_number}"
+        labeling = config.labeling if round_number else replace(config.labeling, labeler=config.initial_labeler)
+        annotator = self._annotator(labeling) if config.verify else None
+        questions = round_questions(self._task.questions("pool"), round_number, config.sampling.questions)
+
+        async def work(question: Question) -> tuple[list[Trajectory], list[Annotation]]:
+            trajectories = await self._sampler.unique(question, stage)
+            if annotator is None:
+                return trajectories, []
+            chosen = [t for t in trajectories if is_labelled(t, labeling, config.seed)]
+            return trajectories, await asyncio.gather(*(self._label(annotator, question, t, stage) for t in chosen))
+
+        self._engines.begin(len(questions))
+        report = StreamReport(self._start_score())
+        with (
+            closing(self._store.writer(round_number, "trajectories")) as trajectory_writer,
+            closing(self._store.writer(round_number, "labels")) as label_writer,
+            closing(self._store.writer(round_number, "rollouts")) as rollout_writer,
+        ):
+            if annotator and round_number == 0:
+                originals = map(trajectory_of, self._store.read(0, "original"))
+                label_writer.extend(label_row(annotator.labelled(t, label_correct(t))) for t in originals)
+            async for trajectories, annotations in self._engines.stream(questions, work):
+                trajectory_writer.extend(trajectory_row(t) for t in trajectories)
+                label_writer.extend(map(label_row, distinct(annotations)))
+                rollout_writer.extend(rollout_row(r) for a in annotations for r in a.rollouts)
+                report.add(trajectories, annotations)
+        return self._notes(**report.notes(), labels=label_writer.rows)
+
+    async def sample(self, questions: Sequence[Question], stage: str) -> list[list[Trajectory]]:
+        """The loaded reasoner's different trajectories of each question."""
+        self._engines.begin(len(questions))
+        stream = self._engines.stream(questions, lambda q: self._sampler.unique(q, stage))
+        return [trajectories async for trajectories in stream]
+
+    async def label(
+        self, items: Sequence[tuple[Question, Trajectory]], labeling: LabelingConfig, stage: str
+    ) -> tuple[list[Annotation], dict[str, Any]]:
+        """Label given trajectories with the loaded models: the annotations in their order, and the stage's notes."""
+        annotator = self._annotator(labeling)
+        self._engines.begin(len(items))
+        stream = self._engines.stream(items, lambda item: self._label(annotator, *item, stage))
+        annotations = [annotation async for annotation in stream]
+        return annotations, self._notes()
+
+    async def calibrate(self, round_number: int, checkpoint: str) -> dict[str, Any]:
+        """Measure and store with V_i its start score and its threshold (see `Calibration`).
+
+        The threshold is tuned on one half of the validation trajectories; the other half measures self-verification.
+        """
+        rows = islice(self._store.read(round_number, "labels"), _CALIBRATION_ROWS)
+        labelled = [labelled_of(row) for row in rows]
+        tuning, _ = self._validation()
+        self._engines.begin(len(labelled) + len(tuning))
+        first_scores = [scores[0] for scores in await self._score_all([row.trajectory for row in labelled])]
+        first_labels = [row.step_labels[0] for row in labelled]
+        calibration = Calibration(
+            start_score=start_score(first_scores, first_labels) if 1 in first_labels else None,
+            threshold=best_threshold([min(s) for s in await self._score_all(tuning)], [t.correct for t in tuning]),
+        )
+        calibration.save(Path(checkpoint))
+        self._engines.calibration = calibration
+        return self._notes(start_score=calibration.start_score, threshold=calibration.threshold)
+
+    async def verify_self(self, stage: str) -> dict[str, Any]:
+        """Self-verification error of the loaded verifier, checked by the loaded reasoner, on fixed trajectories."""
+        questions = {q.id: q for q in self._task.questions("validation")}
+        _, fixed = self._validation()
+        self._engines.begin(2 * len(fixed))
+        scores = await self._score_all(fixed)
+        annotator = self._annotator(replace(self._config.labeling, labeler="saps", expand=False))
+        stream = self._engines.stream(
+            list(zip(fixed, scores, strict=True)),
+            lambda item: annotator.annotate(questions[item[0].question_id], *item, stage),
+        )
+        labelled = [annotation.labelled[0] async for annotation in stream]
+        return self._notes(trajectories=len(fixed), **self_verification_error(labelled, scores, self._threshold()))
+
+    async def make_pairs(self, round_number: int) -> dict[str, Any]:
+        """P_i: preference pairs from V_i's mean scores of all of D_i = S_i ∪ D_{i-1}."""
+        trajectories = self._store.trajectories_until(round_number)
+        self._engines.begin(len(trajectories))
+        means: dict[str, float] | None = None
+        if self._config.verify:
+            scores = await self._score_all(trajectories)
+            means = {t.id: fmean(s) for t, s in zip(trajectories, scores, strict=True)}
+        pairs = make_pairs(trajectories, means, self._config.pairs)
+        by_outcome = make_pairs(trajectories, None, self._config.pairs)
+        with closing(self._store.writer(round_number, "pairs")) as writer:
+            writer.extend(pair_row(pair) for pair in pairs)
+        return self._notes(
+            trajectories=len(trajectories),
+            pairs=sum(pair.rejected is not None for pair in pairs),
+            unpaired=sum(pair.rejected is None for pair in pairs),
+            share_unlike_outcome=share_unlike(pairs, by_outcome),
+        )
+
+    async def evaluate(self, stage: str) -> dict[str, Any]:
+        """Accuracy of the loaded reasoner on test and ood, and the loaded verifier's scores of its test samples."""
+        config = self._config.evaluation
+        test = self._task.questions("test")[: config.test or None]
+        ood = self._task.questions("ood")[: config.ood or None]
+        work = [(q, config.samples if i < config.sampled_questions else 0) for i, q in enumerate(test)]
+        work += [(q, 0) for q in ood]
+        self._engines.begin(len(work))
+        stream = self._engines.stream(work, lambda item: answer(self._sampler, item[0], stage, item[1]))
+        answered = [result async for result in stream]
+        on_test = answered[: len(test)]
+        return self._notes(
+            test=reasoner_report(on_test),
+            ood=reasoner_report(answered[len(test) :]),
+            verifier=await self._evaluate_verifier(on_test) if self._engines.has_verifier else None,
+            correct=[a.greedy.correct for a in on_test],
+        )
+
+    async def evaluate_labels(self, labelled: Sequence[LabelledTrajectory]) -> dict[str, Any]:
+        """The loaded verifier's scores against given step labels; masked steps are left out."""
+        self._engines.begin(len(labelled))
+        scores = await self._score_all([row.trajectory for row in labelled])
+        return self._notes(verifier=step_report(scores, [row.step_labels for row in labelled], self._threshold()))
+
+    async def _evaluate_verifier(self, answered: Sequence[Sampled]) -> dict[str, Any]:
+        drawn = [(a.question, sample) for a in answered for sample in a.samples if sample.steps]
+        scores = await self._score_all([sample for _, sample in drawn])
+        scored = [(question, sample, s) for (question, sample), s in zip(drawn, scores, strict=True)]
+        means = {sample.id: fmean(s) for _, sample, s in scored}
+        report = verifier_report(
+            self._task, scored, self._start_score(), self._threshold(), self._config.labeling.allow_first_step
+        )
+        return {**report, "best_of_n_accuracy": best_of_n_accuracy(answered, means)}
+
+    def _annotator(self, labeling: LabelingConfig) -> Annotator:
+        make = make_labeler(labeling, self._start_score(), self._config.seed)
+        return Annotator(self._solver, make, labeling, self._config.sampling.decoding())
+
+    async def _label(self, annotator: Annotator, question: Question, trajectory: Trajectory, stage: str) -> Annotation:
+        scored = annotator.needs_scores and not trajectory.correct
+        scores = await self._engines.score(trajectory) if scored else None
+        annotation = await annotator.annotate(question, trajectory, scores, stage)
+        self._engines.cost += Cost(trajectories=1, checks=annotation.checks, rollouts=len(annotation.rollouts))
+        return annotation
+
+    async def _score_all(self, trajectories: Sequence[Trajectory]) -> list[tuple[float, ...]]:
+        return [scores async for scores in self._engines.stream(trajectories, self._engines.score)]
+
+    def _start_score(self) -> float | None:
+        return self._engines.calibration.start_score if self._engines.calibration else None
+
+    def _threshold(self) -> float:
+        return self._engines.calibration.threshold if self._engines.calibration else 0.5
+
+    def _validation(self) -> tuple[list[Trajectory], list[Trajectory]]:
+        trajectories = list(map(trajectory_of, self._store.read(0, "validation")))
+        return split_validation(trajectories, self._config.evaluation.verification)
+
+    def _notes(self, **notes: Any) -> dict[str, Any]:
+        return {**notes, "cost": self._engines.cost.as_dict()}

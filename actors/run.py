@@ -1,0 +1,187 @@
+"""One run, as its driver sees it: stages that are each done once, on a coordinator and a trainer.
+
+A finished stage is entered in the run directory's manifest and skipped when the run is started again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from actors.client import CoordinatorClient
+from actors.trainer import Trainer
+from sapo_ray.config import RunConfig
+from sapo_ray.cost import Cost
+from sapo_ray.errors import SapoError
+from sapo_ray.models import save_random_reasoner
+from sapo_ray.progress import Reporter
+from sapo_ray.report import summary, warning_signs
+from sapo_ray.sampler import original_trajectory
+from sapo_ray.store import RunDirectory, trajectory_row
+from sapo_ray.tasks import Chain
+from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.training import TrainConfig, TrainJob
+
+Notes = Mapping[str, Any]
+
+
+class Run:
+    """The stages of a run. Use as a context manager: its actors and workers are gone afterwards."""
+
+    def __init__(self, config: RunConfig, store: RunDirectory, reporter: Reporter) -> None:
+        self.config, self._store, self._reporter = config, store, reporter
+        self._task = Chain(config.task)
+        self._notes: dict[str, Notes] = {}
+        self._coordinator = CoordinatorClient(config, store.path, reporter)
+        self._trainer: Trainer | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._trainer:
+            self._trainer.close()
+        self._coordinator.__exit__()
+
+    @property
+    def base(self) -> Path:
+        """The base model M; made on the spot, with random weights, for a task that brings its own alphabet."""
+        path = self._store.path / "checkpoints" / "base"
+        if not path.exists():
+            save_random_reasoner(self.config.model, VOCABULARY, self.config.seed, path)
+        return path
+
+    def reasoner(self, number: int) -> Path:
+        return self._store.checkpoint("reasoner", number)
+
+    def verifier(self, number: int) -> Path:
+        return self._store.checkpoint("verifier", number)
+
+    def originals(self) -> None:
+        """D_org: the worked solutions, written as trajectories."""
+
+        def write() -> Notes:
+            with closing(self._store.writer(0, "original")) as writer:
+                writer.extend(trajectory_row(original_trajectory(q)) for q in self._task.questions("worked"))
+            return {"trajectories": writer.rows}
+
+        self._stage("round-0/original", write)
+
+    def finetune(self) -> None:
+        """M_0 = SFT(M, D_org)."""
+        data = self._store.dataset(0, "original")
+        self._train("round-0/sft", "sft", self.config.sft, self.base, [data], self.reasoner(0))
+
+    def sample_validation(self) -> None:
+        self._use(reasoner=self.reasoner(0))
+        self._stage("round-0/validation", lambda: self._coordinator.call("sample_validation"))
+
+    def sample_and_label(self, number: int) -> None:
+        """S_i = Sample(M_{i-1}), L_i = SAPS(V_{i-1}, M_{i-1}, subset of S_i); round 0 by M_0 and the first labeler."""
+        self._use(reasoner=self.reasoner(max(number - 1, 0)), verifier=self.verifier(number - 1))
+        self._stage(f"round-{number}/sample", lambda: self._coordinator.call("sample_and_label", number))
+
+    def train_verifier(self, number: int) -> None:
+        """V_i = PRM(init M_{i-1}, L_i), calibrated, and its self-verification error against M_{i-1}."""
+        init, out = self.reasoner(max(number - 1, 0)), self.verifier(number)
+        stage, data = f"round-{number}/prm", self._store.dataset(number, "labels")
+        if self._notes[f"round-{number}/sample"]["labels"]:
+            self._train(stage, "prm", self.config.prm, init, [data], out)
+        elif number:
+            self._keep(stage, self.verifier(number - 1), out, "no trajectory was labelled")
+        else:
+            raise SapoError(
+                "round 0: no trajectory could be labelled, so there is nothing to train the first verifier on; "
+                "see round-0/trajectories, and raise sampling.max_tokens or train longer (sft.epochs)"
+            )
+        self._use(verifier=out)
+        self._stage(f"round-{number}/calibrate", lambda: self._coordinator.call("calibrate", number, str(out)))
+        self._verify_self(number, "self-verification")
+
+    def make_pairs(self, number: int) -> None:
+        """P_i = pairs from Score(V_i, D_i)."""
+        self._use(verifier=self.verifier(number))
+        self._stage(f"round-{number}/pairs", lambda: self._coordinator.call("make_pairs", number))
+
+    def align(self, number: int) -> None:
+        """M_i = ORPO(init, P_i), and what V_i's self-verification error is against it."""
+        align, out = self.config.align, self.reasoner(number)
+        init = {"base": self.base, "sft": self.reasoner(0), "previous": self.reasoner(number - 1)}[align.init]
+        pairs = self._notes[f"round-{number}/pairs"]
+        stage, data = f"round-{number}/align", self._store.dataset(number, "pairs")
+        if pairs["pairs"] + pairs["unpaired"]:
+            self._train(stage, "orpo", align, init, [data], out, beta=align.beta)
+        else:
+            self._keep(stage, self.reasoner(number - 1), out, "no pair reaches pairs.eta and no solution is right")
+        if self.config.verify:
+            self._use(reasoner=out, verifier=self.verifier(number))
+            self._verify_self(number, "self-verification-aligned")
+
+    def evaluate(self, number: int) -> None:
+        """Measure M_i and V_i; write summary.json."""
+        self._use(reasoner=self.reasoner(number), verifier=self.verifier(number))
+        self._stage(f"round-{number}/evaluate", lambda: self._coordinator.call("evaluate", f"evaluate-{number}"))
+        signs = self._stage(f"round-{number}/warnings", lambda: {"signs": warning_signs(number, self._notes)})["signs"]
+        for sign in signs:
+            self._reporter.warn(f"round {number}: {sign}")
+        self._store.write_summary(summary(self._notes, self.config.rounds))
+
+    def _use(self, reasoner: Path | None = None, verifier: Path | None = None) -> None:
+        """The models that the next stages need. Round 0 begins, and a run without `verify` goes on, with no verifier."""
+        exists = verifier is not None and verifier.exists()
+        self._coordinator.use(reasoner=reasoner, verifier=verifier if exists else None)
+
+    def _verify_self(self, number: int, name: str) -> None:
+        self._stage(f"round-{number}/{name}", lambda: self._coordinator.call("verify_self", f"{name}-{number}"))
+
+    def _stage(self, name: str, work: Callable[[], Notes]) -> Notes:
+        """Do a stage unless the manifest has it; note what it says, its cost and its seconds."""
+        notes = self._store.done(name)
+        if notes is None:
+            self._reporter.begin(name)
+            start = time.monotonic()
+            notes = dict(work())
+            notes["seconds"] = time.monotonic() - start
+            self._store.finish(name, notes)
+            self._store.log({"stage": name, **notes})
+            self._reporter.end(name, notes["seconds"], notes)
+        self._notes[name] = notes
+        return notes
+
+    def _train(
+        self, stage: str, objective: str, config: TrainConfig, init: Path, data: list[Path], out: Path, **params: float
+    ) -> None:
+        job = TrainJob(
+            objective=objective,
+            init=str(init),
+            data=tuple(map(str, data)),
+            out=str(out),
+            task=self._task,
+            config=config,
+            seed=self.config.seed,
+            params=params,
+        )
+        self._stage(stage, lambda: self._run_job(stage, job))
+
+    def _run_job(self, stage: str, job: TrainJob) -> Notes:
+        if self._trainer is None:
+            self._trainer = Trainer(self.config.trainer, self._store.path / "train", name="train")
+        result = self._trainer.train(job, on_progress=self._reporter.update)
+        for record in result.metrics:
+            self._store.log({"stage": stage, **record})
+        cost = Cost(trained_tokens=result.tokens, flops=result.flops)
+        return {"updates": result.updates, "loss": result.metrics[-1]["loss"], "cost": cost.as_dict()}
+
+    def _keep(self, stage: str, previous: Path, out: Path, reason: str) -> None:
+        """Skip a training that has nothing to learn from: the last checkpoint stands for the new one."""
+
+        def copy() -> Notes:
+            shutil.copytree(previous, out, dirs_exist_ok=True)
+            return {"skipped": reason}
+
+        self._stage(stage, copy)
+        self._reporter.warn(f"{stage} skipped: {reason}; {out.name} is {previous.name}")

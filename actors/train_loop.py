@@ -1,0 +1,356 @@
+"""The training loop: one for every objective. Runs alike on each rank of an initialised torch process group.
+
+A fault that every rank sees is a `JobError`: the job has failed, the workers live on. Anything else (a rank that dies,
+a collective that breaks) is left to whoever started the workers.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sapo_ray.batching import global_batches, micro_batches
+from sapo_ray.objectives import make_objective
+from sapo_ray.objectives.base import Example, Head, Objective, collate
+from sapo_ray.training import TrainConfig, TrainJob, TrainResult, learning_rate
+
+T = TypeVar("T")
+Report = Callable[[int, int, float], None]
+"""Takes updates done, updates in all, and the last loss."""
+
+_RESULT = "training.json"
+"""Stands in an exported checkpoint: the job's fingerprint and its result."""
+
+
+class JobError(Exception):
+    """A job that cannot be done, for a reason that every rank has seen."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples a job trains on, and the number of records left out as too long or empty."""
+
+    examples: list[Example]
+    too_long: int
+    empty: int
+
+
+@dataclass
+class Progress:
+    """How far a training is; stored with its mid-training checkpoints."""
+
+    updates: int = 0
+    seconds: float = 0.0
+    metrics: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(job: TrainJob, device: torch.device, report: Report) -> TrainResult:
+    """Train, export to `job.out` and return the result; at once where `job.out` already holds this job's.
+
+    `report` is called on rank 0, at most once a second. Raises JobError on every rank for a job that cannot be done.
+    """
+    stored = _together(lambda: finished(job, dist.get_world_size()))
+    if stored is not None:
+        return stored
+    training = Training(job, device)
+    try:
+        return training.run(report)
+    finally:
+        training.engine.destroy()
+        del training
+        gc.collect()
+
+
+class Training:
+    """One job on this rank: its data, its model, its DeepSpeed engine."""
+
+    def __init__(self, job: TrainJob, device: torch.device) -> None:
+        self.job, self.device, self.begun = job, device, time.monotonic()
+        self.objective: Objective = _together(lambda: make_objective(job.objective, job.params))
+        self.tokenizer: PreTrainedTokenizerBase = _together(lambda: AutoTokenizer.from_pretrained(job.init))
+        self.data = _together(lambda: read_examples(job, self.objective, self.tokenizer))
+        self.shapes = [example.shape for example in self.data.examples]
+        model = _together(lambda: load_model(job, self.objective.head))
+        self.parameters = model.num_parameters()
+        self.weights = torch.tensor(list(self.objective.weights.values()), device=device)
+        self.engine = _engine(model, job.config)
+        self.progress = self._restore()
+
+    def run(self, report: Report) -> TrainResult:
+        """Every update that is left, then the export."""
+        config, progress, resumed_from = self.job.config, self.progress, self.progress.updates
+        self.begun -= progress.seconds
+        epochs = (global_batches(self.shapes, config.batch_size, self.job.seed, e) for e in range(config.epochs))
+        batches = [batch for epoch in epochs for batch in epoch][: config.max_updates]
+        reported = 0.0
+        while progress.updates < len(batches):
+            lr = learning_rate(config, progress.updates, len(batches))
+            progress.metrics.append(self.update(batches[progress.updates], lr))
+            progress.updates += 1
+            progress.seconds = time.monotonic() - self.begun
+            if config.checkpoint_every and progress.updates % config.checkpoint_every == 0:
+                self._save()
+            if dist.get_rank() == 0 and progress.seconds > reported + 1:
+                reported = progress.seconds
+                report(progress.updates, len(batches), progress.metrics[-1]["loss"])
+        return self._export(resumed_from)
+
+    def update(self, batch: Sequence[int], lr: float) -> dict[str, float]:
+        """One optimizer step on a global batch; its metrics (see TrainResult)."""
+        limit = self.job.config.micro_batch_tokens
+        examples = [self.data.examples[i] for i in batch]
+        counts = [max(1, sum(example.counts[term] for example in examples)) for term in self.objective.weights]
+        divisors = torch.tensor(counts, device=self.device)
+        terms = torch.zeros(len(counts), device=self.device)
+        steps = micro_batches(batch, self.shapes, limit, dist.get_world_size())[dist.get_rank()]
+        for number, step in enumerate(steps):
+            self.engine.set_gradient_accumulation_boundary(number == len(steps) - 1)
+            # A rank without examples goes through the motions with weight 0: ZeRO communicates in every pass.
+            means = self._sums(step or batch[:1]) / divisors * bool(step)
+            self.engine.backward(means @ self.weights * dist.get_world_size())  # DeepSpeed averages over the ranks
+            terms += means.detach()
+        dist.all_reduce(terms)
+        loss = self._finite("loss", float(terms @ self.weights), examples)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = self._finite("gradient norm", _step(self.engine, self.job.config), examples)
+        return {
+            "update": self.progress.updates + 1,
+            "loss": loss,
+            **dict(zip(self.objective.weights, terms.tolist(), strict=True)),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": sum(example.tokens for example in examples),
+        }
+
+    def _sums(self, step: Sequence[int]) -> Tensor:
+        """The sums of all loss terms over a micro-batch, in the order of the objective's weights."""
+        batch = collate([self.data.examples[i] for i in step], self.tokenizer.pad_token_id).to(self.device)
+        sums = self.objective.terms(self.engine, batch)
+        return torch.stack([sums[term] for term in self.objective.weights])
+
+    def _finite(self, what: str, value: float, examples: Sequence[Example]) -> float:
+        if not math.isfinite(value):
+            ids = ", ".join(example.id for example in examples)
+            raise JobError(
+                f"{self.job.out}: the {what} of update {self.progress.updates + 1} is {value}; its batch: {ids}"
+            )
+        return value
+
+    @property
+    def _partial(self) -> Path:
+        return Path(self.job.out + ".partial")
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return self.job.fingerprint(dist.get_world_size())
+
+    def _save(self) -> None:
+        """A mid-training checkpoint. `latest.json` is replaced last, so that an interrupted save is never seen."""
+        tag = f"update-{self.progress.updates}"
+        self.engine.save_checkpoint(str(self._partial), tag=tag, save_latest=False)
+        if dist.get_rank() == 0:
+            latest = {"tag": tag, "job": self._fingerprint(), "progress": asdict(self.progress)}
+            _replace(self._partial / "latest.json", json.dumps(latest))
+            for old in self._partial.glob("update-*"):
+                if old.name != tag:
+                    shutil.rmtree(old)
+
+    def _restore(self) -> Progress:
+        """Load the last mid-training checkpoint, if there is one."""
+        latest = _together(self._latest)
+        if latest is None:
+            return Progress()
+        path, _ = self.engine.load_checkpoint(str(self._partial), tag=latest["tag"])
+        if path is None:
+            raise RuntimeError(f"{self._partial}: DeepSpeed could not load {latest['tag']}")
+        return Progress(**latest["progress"])
+
+    def _latest(self) -> dict[str, Any] | None:
+        path = self._partial / "latest.json"
+        if not path.exists():
+            return None
+        latest: dict[str, Any] = json.loads(path.read_text())
+        _same_job(latest["job"], self._fingerprint(), path)
+        return latest
+
+    def _export(self, resumed_from: int) -> TrainResult:
+        """Write the checkpoint, whole or not at all: into a directory beside it, which is then renamed."""
+        state = self.engine._zero3_consolidated_16bit_state_dict() if self.job.config.zero_stage == 3 else None
+        tokens = int(sum(metrics["tokens"] for metrics in self.progress.metrics))
+        result = TrainResult(
+            checkpoint=self.job.out,
+            updates=self.progress.updates,
+            examples=len(self.data.examples),
+            too_long=self.data.too_long,
+            empty=self.data.empty,
+            tokens=tokens,
+            flops=6.0 * self.parameters * tokens,
+            seconds=time.monotonic() - self.begun,
+            resumed_from=resumed_from,
+            metrics=self.progress.metrics,
+        )
+        if dist.get_rank() == 0:
+            unfinished = Path(self.job.out + ".tmp")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.engine.module.save_pretrained(unfinished, state_dict=state)
+            self.tokenizer.save_pretrained(unfinished)
+            (unfinished / _RESULT).write_text(json.dumps({"job": self._fingerprint(), "result": asdict(result)}))
+            os.rename(unfinished, self.job.out)
+            shutil.rmtree(self._partial, ignore_errors=True)
+        dist.barrier()
+        return result
+
+
+def finished(job: TrainJob, workers: int) -> TrainResult | None:
+    """The result stored in `job.out`, or None. Raises FileExistsError where `job.out` is something else."""
+    if not Path(job.out).exists():
+        return None
+    path = Path(job.out, _RESULT)
+    if not path.exists():
+        raise FileExistsError(f"{job.out} exists and is no finished training; remove it or name another directory")
+    stored = json.loads(path.read_text())
+    _same_job(stored["job"], job.fingerprint(workers), path)
+    return TrainResult(**stored["result"])
+
+
+def read_examples(job: TrainJob, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """All records of the job's Parquet files as examples, sorted by id: the files' order does not matter.
+
+    Raises ValueError for a record that cannot be used, FileNotFoundError or ValueError where there is none.
+    """
+    examples, too_long, empty = [], 0, 0
+    for path in job.data:
+        for record in _records(Path(path), objective.columns):
+            example = _example(record, path, job, objective, tokenizer)
+            fits = example.shape.tokens <= job.config.max_tokens
+            if not any(example.counts.values()):
+                empty += 1
+            elif fits:
+                examples.append(example)
+            elif job.config.too_long == "drop":
+                too_long += 1
+            else:
+                raise ValueError(
+                    f"{path}: {example.id} has {example.shape.tokens} tokens, more than max_tokens = "
+                    f"{job.config.max_tokens}; raise it or set too_long: drop"
+                )
+    if not examples:
+        raise ValueError(f"{', '.join(job.data)}: nothing to train on ({too_long} too long, {empty} empty)")
+    return Data(sorted(examples, key=lambda example: example.id), too_long, empty)
+
+
+def _records(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    return [record for file in files for record in pq.read_table(file, columns=list(columns)).to_pylist()]
+
+
+def _example(
+    record: dict[str, Any], path: str, job: TrainJob, objective: Objective, tokenizer: PreTrainedTokenizerBase
+) -> Example:
+    try:
+        return objective.example(record, job.task.prompt, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: record {next(iter(record.values()))!r}: {error}") from error
+
+
+def load_model(job: TrainJob, head: Head) -> PreTrainedModel:
+    """The checkpoint `job.init` in fp32, without dropout; a verifier's new head is drawn from the job's seed."""
+    torch.manual_seed(job.seed)
+    config = AutoConfig.from_pretrained(job.init)
+    if head == "token_classification":
+        config.num_labels = 1
+        config.classifier_dropout = 0.0
+    auto = {"causal_lm": AutoModelForCausalLM, "token_classification": AutoModelForTokenClassification}[head]
+    model: PreTrainedModel = auto.from_pretrained(job.init, config=config, dtype=torch.float32)
+    if job.config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _engine(model: PreTrainedModel, config: TrainConfig) -> deepspeed.DeepSpeedEngine:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=_deepspeed_config(config))[0]
+
+
+def _deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """Batch sizes are placeholders: the batch plan is ours, and so is the scale of the loss."""
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0 if _plain(config) else config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.dtype == "bf16"},
+    }
+    if config.zero_stage > 0:
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def _plain(config: TrainConfig) -> bool:
+    """Whether DeepSpeed leaves the optimizer unwrapped, and with it clipping and the gradient's norm to us."""
+    return config.zero_stage == 0 and config.dtype == "fp32"
+
+
+def _step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
+    """Clip, step, and return the gradient's norm before clipping."""
+    if _plain(config):
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or math.inf)
+        engine.step()
+        return float(norm)
+    engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+def _same_job(stored: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+    different = [key for key in asked if stored.get(key) != asked[key]]
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"{path}: {key} was {stored.get(key)!r} and is now {asked[key]!r}; restore it or remove {path.parent}"
+        )
+
+
+def _together(make: Callable[[], T]) -> T:
+    """`make()`; a JobError on all ranks where it fails on any: one that stopped alone would leave the rest waiting."""
+    value: Any = None
+    error: str | None = None
+    try:
+        value = make()
+    except Exception as exception:
+        error = f"{type(exception).__name__}: {exception}"
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise JobError(found)
+    return value  # type: ignore[no-any-return]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)

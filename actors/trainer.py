@@ -1,0 +1,203 @@
+"""Training on Ray: one Ray Train worker group, kept for every training of a run.
+
+The workers take jobs from a `JobBoard`, train them (see `actors.train_loop`) and leave the results there. A job stays
+on the board until it has a result, so that workers that replace a crashed group take it up again, from its last
+mid-training checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from sapo_ray.training import TrainerConfig, TrainJob, TrainResult
+
+
+class TrainingError(Exception):
+    """A training failed. The text is the cause as the worker saw it."""
+
+
+@ray.remote(num_cpus=0)
+class JobBoard:
+    """The jobs of a worker group, numbered from 0, and their outcomes: a result, or the text of an error."""
+
+    def __init__(self) -> None:
+        self._jobs: list[TrainJob] = []
+        self._outcomes: dict[int, TrainResult | str] = {}
+        self._progress: dict[str, float] = {}
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    async def post(self, job: TrainJob) -> int:
+        """Put up a job; its number."""
+        async with self._changed:
+            self._jobs.append(job)
+            self._progress = {}
+            self._changed.notify_all()
+        return len(self._jobs) - 1
+
+    async def next(self, after: int) -> tuple[int, TrainJob] | None:
+        """The first job beyond number `after` that has no outcome, once there is one; None when the board closes."""
+        async with self._changed:
+            while not self._closed:
+                for number in range(after + 1, len(self._jobs)):
+                    if number not in self._outcomes:
+                        return number, self._jobs[number]
+                await self._changed.wait()
+        return None
+
+    async def settle(self, number: int, outcome: TrainResult | str) -> None:
+        """Record how a job ended."""
+        async with self._changed:
+            self._outcomes[number] = outcome
+            self._changed.notify_all()
+
+    async def outcome(self, number: int) -> TrainResult | str:
+        """How a job ended, once it has."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number in self._outcomes)
+        return self._outcomes[number]
+
+    async def report(self, done: int, total: int, loss: float) -> None:
+        self._progress = {"done": done, "total": total, "loss": loss}
+
+    async def progress(self) -> dict[str, float]:
+        return self._progress
+
+    async def close(self) -> None:
+        """Let the workers go when they have finished what they are at."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A running worker group: its board, and what `fit()` will return or raise."""
+
+    board: Any
+    fit: Future[ray.train.Result]
+
+
+class Trainer:
+    """Trains jobs one after the other on a group of workers, which starts with the first. Needs an initialised Ray."""
+
+    def __init__(self, config: TrainerConfig, storage_path: str | Path, name: str) -> None:
+        """Ray Train keeps its own state under `storage_path`/`name`."""
+        self._config, self._storage_path, self._name = config, Path(storage_path).resolve(), name
+        self._group: _Group | None = None
+
+    def start(self) -> None:
+        """Start the workers, unless they are running. Returns at once; they need some 25 s."""
+        if self._group is not None:
+            return
+        board, fit = JobBoard.remote(), Future[ray.train.Result]()
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"board": board, "threads": self._config.threads_per_worker},
+            scaling_config=_scaling(self._config),
+            run_config=ray.train.RunConfig(
+                name=self._name,
+                storage_path=str(self._storage_path),
+                failure_config=ray.train.FailureConfig(max_failures=self._config.max_failures),
+            ),
+        )
+        threading.Thread(target=_fit, args=(trainer, fit), daemon=True, name="ray-train-fit").start()
+        self._group = _Group(board, fit)
+
+    def train(self, job: TrainJob) -> TrainResult:
+        """Train a job and wait for its result. A job that is already finished costs nothing.
+
+        Raises TrainingError with the worker's own cause. The group lives on where the job was at fault.
+        """
+        job = _absolute(job)
+        self.start()
+        assert self._group is not None
+        board, fit = self._group.board, self._group.fit
+        outcome = board.outcome.remote(ray.get(board.post.remote(job)))
+        while not ray.wait([outcome], timeout=1)[0]:
+            if fit.done():
+                self._group = None
+                raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
+        if not self._config.keep_workers:
+            self.close()
+        result: TrainResult | str = ray.get(outcome)
+        if isinstance(result, str):
+            raise TrainingError(f"{job.out}: {result}")
+        return result
+
+    def progress(self) -> dict[str, float]:
+        """`done`, `total` (updates) and `loss` of the training under way; empty before its first report."""
+        return ray.get(self._group.board.progress.remote()) if self._group else {}
+
+    def close(self) -> None:
+        """Let the workers go; returns when they have."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        ray.get(group.board.close.remote())
+        group.fit.exception()
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What every worker does: train job after job, until the board closes."""
+    device = ray.train.torch.get_device()
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed reads it when it is imported
+    import torch
+    from transformers.utils import logging
+
+    from actors.train_loop import JobError, train
+
+    torch.set_num_threads(config["threads"])
+    logging.disable_progress_bar()
+    board, first = config["board"], ray.train.get_context().get_world_rank() == 0
+    number = -1
+    while (posted := ray.get(board.next.remote(number))) is not None:
+        number, job = posted
+        outcome: TrainResult | str
+        try:
+            outcome = train(job, device, board.report.remote)
+        except JobError as error:
+            outcome = str(error)
+        if first:
+            ray.get(board.settle.remote(number, outcome))
+
+
+def _fit(trainer: TorchTrainer, future: Future[ray.train.Result]) -> None:
+    try:
+        future.set_result(trainer.fit())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
+    resources = {"CPU": config.cpus_per_worker}
+    if config.gpus_per_worker:
+        resources["GPU"] = config.gpus_per_worker
+    return ray.train.ScalingConfig(
+        num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+    )
+
+
+def _absolute(job: TrainJob) -> TrainJob:
+    """Ray Train's workers run in a directory of their own."""
+    data = tuple(str(Path(path).resolve()) for path in job.data)
+    return replace(job, init=str(Path(job.init).resolve()), data=data, out=str(Path(job.out).resolve()))
+
+
+def _cause(fit: Future[ray.train.Result]) -> str:
+    """The first worker's error where workers failed, else Ray Train's own."""
+    error = fit.exception()
+    if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
+        rank, cause = next(iter(error.worker_failures.items()))
+        return f"worker {rank}: {cause}"
+    return str(error) if error else "the workers were let go while it was training"

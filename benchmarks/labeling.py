@@ -1,0 +1,168 @@
+"""What each labeler costs and how right its labels are, on the same wrong trajectories of 5, 8 and 12 steps.
+
+All five share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each starts.
+Truth is the chain task's `reachable` oracle. The models are those of `configs/labeling.yaml`, trained at the first call:
+
+    python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories 300]
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, get_args
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from actors.client import CoordinatorClient
+from actors.run import Run
+from actors.sapo import sapo
+from launch.progress import ConsoleReporter
+from launch.session import ray_session
+from sapo_ray.annotator import Annotation
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config, to_yaml
+from sapo_ray.data import Question, Trajectory
+from sapo_ray.labelers import LabelerName
+from sapo_ray.metrics import label_accuracy
+from sapo_ray.store import RunDirectory, write_text
+from sapo_ray.tasks import Chain
+
+CONFIG = Path(__file__).parents[1] / "configs" / "labeling.yaml"
+LENGTHS = (5, 8, 12)
+Item = tuple[Question, Trajectory]
+
+
+@click.command()
+@click.option("--config", type=click.Path(dir_okay=False), default=str(CONFIG), show_default=True)
+@click.option("--trajectories", default=300, show_default=True, help="Wrong trajectories of each length.")
+@click.option("--no-early-exit", is_flag=True, help="Sample all T rollouts of every check.")
+@click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+@click.argument("overrides", nargs=-1)
+def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, overrides: Sequence[str]) -> None:
+    settings = load_config(RunConfig, config, overrides)
+    store = RunDirectory(settings.run_dir or Path("runs") / Path(config).stem)
+    with ray_session(settings), ConsoleReporter() as reporter:
+        store.create()
+        write_text(store.path / "config.yaml", to_yaml(settings))
+        with Run(settings, store, reporter) as run:
+            sapo(run)
+        with CoordinatorClient(settings, store.path, reporter) as coordinator:
+            coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
+            results = {
+                str(length): _compare(coordinator, settings, length, trajectories, not no_early_exit)
+                for length in LENGTHS
+            }
+    _print(results)
+    if as_json:
+        click.echo(json.dumps({"lengths": results}))
+
+
+def _compare(
+    coordinator: CoordinatorClient, settings: RunConfig, length: int, count: int, early_exit: bool
+) -> dict[str, dict[str, float]]:
+    """The figures of every labeler on `count` wrong trajectories of `length` steps."""
+    task = Chain(_task_of_length(settings, length, count))
+    items = _wrong_trajectories(coordinator, task, length, count)
+    results = {}
+    for labeler in get_args(LabelerName):
+        labeling = replace(settings.labeling, labeler=labeler, early_exit=early_exit, unproven="keep", expand=False)
+        coordinator.call("reset_prefix_cache")
+        start = time.monotonic()
+        annotations, notes = coordinator.call("label", items, labeling, f"{labeler}-{length}")
+        results[labeler] = {
+            **_quality(task, items, annotations),
+            **_costs(notes["cost"], time.monotonic() - start, len(items)),
+            "n": len(items),
+        }
+    return results
+
+
+def _task_of_length(settings: RunConfig, length: int, count: int) -> Any:
+    """Questions of one length, by another seed than those the models were trained on."""
+    return replace(
+        settings.task,
+        min_steps=length,
+        max_steps=length,
+        ood_min_steps=length + 1,
+        ood_max_steps=length + 1,
+        worked=0,
+        pool=20 * count,
+        validation=0,
+        test=0,
+        ood=0,
+        seed=settings.task.seed + 1000,
+    )
+
+
+def _wrong_trajectories(coordinator: CoordinatorClient, task: Chain, length: int, count: int) -> list[Item]:
+    """The first `count` sampled trajectories that answer and miss, right ones left out."""
+    wrong: list[Item] = []
+    pool = task.questions("pool")
+    for start in range(0, len(pool), count):
+        questions = pool[start : start + count]
+        sampled = coordinator.call("sample", questions, f"length-{length}")
+        wrong += [
+            (question, trajectory)
+            for question, trajectories in zip(questions, sampled, strict=True)
+            for trajectory in trajectories
+            if not trajectory.correct and trajectory.answer is not None
+        ]
+        if len(wrong) >= count:
+            return wrong[:count]
+    raise SystemExit(
+        f"only {len(wrong)} wrong trajectories of {length} steps in {len(pool)} questions; lower --trajectories"
+    )
+
+
+def _quality(task: Chain, items: Sequence[Item], annotations: Sequence[Annotation]) -> dict[str, float | None]:
+    """Label accuracy against the oracle, and the share of successes from prefixes that it calls unreachable."""
+    truth = [task.oracle(question, trajectory.steps).reachable for question, trajectory in items]
+    labels = [annotation.labelled[0] for annotation in annotations]
+    impossible = [
+        not true[estimate.step]
+        for row, true in zip(labels, truth, strict=True)
+        for estimate in row.estimates
+        if estimate.value
+    ]
+    return {
+        "label_accuracy": label_accuracy([row.step_labels for row in labels], truth),
+        "false_successes": fmean(impossible) if impossible else None,
+    }
+
+
+def _costs(cost: dict[str, Any], seconds: float, count: int) -> dict[str, float]:
+    """Costs per trajectory."""
+    figures = {key: cost[key] / count for key in ("checks", "rollouts", "generated_tokens", "flops")}
+    return {**figures, "seconds": seconds / count}
+
+
+def _print(results: dict[str, dict[str, dict[str, float]]]) -> None:
+    for length, labelers in results.items():
+        table = Table(title=f"{length} steps, per wrong trajectory (n = {labelers['saps']['n']})", title_justify="left")
+        columns = ("checks", "rollouts", "generated_tokens", "flops", "seconds", "label_accuracy", "false_successes")
+        for name in ("labeler", *columns, "tokens / shepherd", "tokens / omega", "seconds / shepherd"):
+            table.add_column(name, justify="right")
+        for name, figures in labelers.items():
+            cells = ["–" if figures[c] is None else f"{figures[c]:.4g}" for c in columns]  # noqa: RUF001
+            table.add_row(name, *cells, *_ratios(figures, labelers))
+        Console().print(table)
+
+
+def _ratios(figures: dict[str, float], labelers: dict[str, dict[str, float]]) -> list[str]:
+    shepherd, omega = labelers["shepherd"], labelers["omega"]
+    return [
+        f"{figures['generated_tokens'] / shepherd['generated_tokens']:.2f}",
+        f"{figures['generated_tokens'] / omega['generated_tokens']:.2f}",
+        f"{figures['seconds'] / shepherd['seconds']:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

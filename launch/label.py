@@ -1,0 +1,82 @@
+"""`sapo label`: any labeler over a file of trajectories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launch.progress import ConsoleReporter
+from launch.session import ray_session
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config
+from sapo_ray.data import Question, Trajectory
+from sapo_ray.errors import SapoError
+from sapo_ray.store import RunDirectory, label_row, read_rows, rollout_row, trajectory_of
+from sapo_ray.tasks import SPLITS, Chain
+
+
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.argument("trajectories", type=click.Path(exists=True))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--reasoner", required=True, type=click.Path(exists=True, file_okay=False), help="Checkpoint directory.")
+@click.option("--verifier", type=click.Path(exists=True, file_okay=False), help="Checkpoint directory, for saps.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="New directory for labels and rollouts.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one line of JSON.")
+def label(
+    config: str,
+    trajectories: str,
+    overrides: Sequence[str],
+    reasoner: str,
+    verifier: str | None,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Label the steps of TRAJECTORIES (a Parquet file or directory) as CONFIG's `labeling` section says.
+
+    \b
+    Example:
+      sapo label configs/local.yaml runs/local/round-1/trajectories --reasoner runs/local/checkpoints/reasoner-0 \\
+        --verifier runs/local/checkpoints/verifier-0 --out labels labeling.labeler=omega
+    """
+    from actors.client import CoordinatorClient
+
+    settings = load_config(RunConfig, config, overrides)
+    items = read_trajectories(settings, Path(trajectories))
+    if Path(out).exists():
+        raise SapoError(f"--out {out} exists already; name a new directory")
+    store = RunDirectory(out)
+    with (
+        ray_session(settings),
+        ConsoleReporter() as reporter,
+        CoordinatorClient(settings, store.path, reporter) as coordinator,
+    ):
+        coordinator.use(reasoner=reasoner, verifier=verifier)
+        annotations, notes = coordinator.call("label", items, settings.labeling, "label")
+    with closing(store.writer(0, "labels")) as labels, closing(store.writer(0, "rollouts")) as rollouts:
+        labels.extend(label_row(row) for a in annotations for row in a.labelled)
+        rollouts.extend(rollout_row(r) for a in annotations for r in a.rollouts)
+    figures = {"trajectories": len(items), "labels": labels.rows, **notes["cost"]}
+    click.echo(json.dumps(figures) if as_json else "\n".join(f"{k}: {v:,}" for k, v in figures.items()))
+
+
+def read_trajectories(settings: RunConfig, path: Path) -> list[tuple[Question, Trajectory]]:
+    """A file's trajectories, each with its question. Raises SapoError for a record that does not fit."""
+    questions = {q.id: q for split in SPLITS for q in Chain(settings.task).questions(split)}
+    return [_item(questions, row, f"{path}, record {number}") for number, row in enumerate(read_rows(path))]
+
+
+def _item(questions: Mapping[str, Question], row: Mapping[str, Any], where: str) -> tuple[Question, Trajectory]:
+    try:
+        trajectory = trajectory_of(row)
+    except (KeyError, TypeError) as error:
+        raise SapoError(f"{where}: no trajectory, {error} is missing or of the wrong type") from error
+    question = questions.get(trajectory.question_id)
+    if question is None or question.text != trajectory.question:
+        raise SapoError(f"{where}: question {trajectory.question_id!r} is not one of the config's task")
+    return question, trajectory

@@ -1,0 +1,70 @@
+"""`sapo run`: the whole of algorithm 1, from a config to a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import yaml
+
+from launch.progress import ConsoleReporter
+from launch.session import ray_session
+from launch.show import print_summary
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config, to_yaml
+from sapo_ray.errors import SapoError
+from sapo_ray.store import RunDirectory, write_text
+
+
+@click.command()
+@click.argument("config", type=click.Path(dir_okay=False))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+def run(config: str, overrides: Sequence[str], as_json: bool) -> None:
+    """Run SAPO as CONFIG says: SFT, the first verifier, and rounds of self-evolution.
+
+    A run directory that is not finished is gone on with, from its last finished stage.
+
+    \b
+    Example:
+      sapo run configs/local.yaml seed=1 run_dir=runs/local-seed-1
+    """
+    from actors.run import Run
+    from actors.sapo import sapo
+
+    settings = load_config(RunConfig, config, overrides)
+    store = RunDirectory(settings.run_dir or Path("runs") / Path(config).stem)
+    _refuse_other_config(settings, store)
+    with ray_session(settings):
+        store.create()
+        write_text(store.path / "config.yaml", to_yaml(settings))
+        with ConsoleReporter() as reporter, Run(settings, store, reporter) as stages:
+            sapo(stages)
+    summary = store.summary()
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        print_summary(summary)
+
+
+def _refuse_other_config(settings: RunConfig, store: RunDirectory) -> None:
+    """A run directory holds one run: what was begun under other settings is not gone on with under these."""
+    path = store.path / "config.yaml"
+    if not path.exists():
+        return
+    before, now = (_flat(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), to_yaml(settings)))
+    different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if different:
+        raise SapoError(
+            f"{store.path} was begun with other values of {', '.join(different)}; "
+            "choose another run_dir, or remove it to start anew"
+        )
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

@@ -1,0 +1,64 @@
+"""The schema of a run's configuration: every key, with its meaning under it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sapo_ray.evaluator import EvaluationConfig
+from sapo_ray.labelers import LabelingConfig
+from sapo_ray.models import RandomModelConfig
+from sapo_ray.pairs import PairsConfig
+from sapo_ray.requests import EngineConfig, VerifierConfig
+from sapo_ray.sampler import SamplingConfig
+from sapo_ray.tasks.chain import ChainConfig
+from sapo_ray.training import TrainConfig, TrainerConfig
+
+
+@dataclass(kw_only=True)
+class AlignConfig(TrainConfig):
+    init: Literal["base", "sft", "previous"] = "sft"
+    """What alignment starts from in every round: the base model (the paper), M_0, or the last round's reasoner."""
+    beta: float = 0.1
+    """Weight β of ORPO's odds-ratio term (arXiv 2403.07691, eq. 6)."""
+
+
+@dataclass(kw_only=True)
+class RayConfig:
+    num_cpus: int | None = None
+    """CPUs of the one-machine Ray that a run starts when it joins no cluster; all of the machine's if null."""
+    coordinator_cpus: float = 0.1
+    """CPUs that Ray sets aside for the coordinator; may be a fraction."""
+    questions_in_flight: int = 64
+    """Questions begun and not yet written: bounds memory and holds back the source."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    run_dir: str | None = None
+    """Where the run's files go; `runs/<name of the config file>` if null."""
+    seed: int = 0
+    """Seed of the random start, of every sample and of the order of training data."""
+    rounds: int = 2
+    """Rounds of self-evolution after round 0 (I)."""
+    verify: bool = True
+    """Train and use a verifier. Without one (the paper's "w/o RM") nothing is labelled and pairs go by result alone."""
+    initial_labeler: Literal["omega", "shepherd", "outcome"] = "omega"
+    """Who labels round 0, when there is no verifier yet."""
+    task: ChainConfig = field(default_factory=ChainConfig)
+    model: RandomModelConfig = field(default_factory=RandomModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    labeling: LabelingConfig = field(default_factory=LabelingConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    sft: TrainConfig = field(default_factory=TrainConfig)
+    prm: TrainConfig = field(default_factory=TrainConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise ValueError(f"rounds is {self.rounds}; it must be 0 or more")

@@ -1,0 +1,260 @@
+"""Fill a tree of keyword-only dataclasses from YAML files and dotted overrides, by OmegaConf.
+
+A dataclass's fields are the keys; a field that is itself a dataclass is a section. A YAML file may name another one to
+start from (`extends: base.yaml`, relative to itself). Later sources win: base file, file, overrides in order. Mappings
+are merged, lists replaced. `${…}` interpolates, as in OmegaConf.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import os
+import re
+import textwrap
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from sapo_ray.errors import SapoError
+
+T = TypeVar("T")
+
+
+class ConfigError(SapoError):
+    """A config that cannot be used. The message names the file (or the command line) and the dotted key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a schema. `default` is `dataclasses.MISSING` where a value must be given; `doc` may be empty."""
+
+    name: str
+    type: str
+    default: object
+    doc: str
+
+
+def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """The config in the file `path`, with overrides such as `train.lr=1e-3`, as an instance of `schema`.
+
+    Raises ConfigError for a file that cannot be read, an unknown key, a value of the wrong type or outside its
+    choices, a key without a value, and a value that a dataclass's `__post_init__` refuses with a ValueError.
+    """
+    merge = _Merge(schema, str(path))
+    for source, values in _file_layers(Path(path), ()):
+        merge.add(source, values)
+    for override in overrides:
+        merge.add("command line", _parse_override(override))
+    merge.check()
+    config = OmegaConf.to_object(merge.config)
+    assert isinstance(config, schema)
+    return config
+
+
+def to_yaml(config: object) -> str:
+    """The dataclass instance `config` as YAML, from which `load_config` makes an equal one."""
+    assert is_dataclass(config)
+    assert not isinstance(config, type)
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(asdict(config))))
+
+
+def describe(schema: type) -> Iterator[Key]:
+    """Every key of a schema but the sections, depth first and in the order of the source."""
+    hints, docs = get_type_hints(schema), _docs(schema)
+    for field in fields(schema):
+        section = _section(hints[field.name])
+        if section is not None:
+            yield from (Key(f"{field.name}.{k.name}", k.type, k.default, k.doc) for k in describe(section))
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        yield Key(field.name, _type_name(hints[field.name]), default, docs.get(field.name, ""))
+
+
+class _Merge:
+    """A config on its way: the values merged so far, and which source set each key last."""
+
+    def __init__(self, schema: type, path: str) -> None:
+        self.schema = schema
+        self.path = path
+        self.config: DictConfig = OmegaConf.structured(schema)
+        self.sources: dict[str, str] = {}
+
+    def add(self, source: str, values: Mapping[str, Any]) -> None:
+        """Set every value of `values`, whose keys may be nested or dotted."""
+        self._add_section(source, values, self.schema, "")
+
+    def _add_section(self, source: str, values: Mapping[str, Any], schema: type, prefix: str) -> None:
+        hints = get_type_hints(schema)
+        for name, value in values.items():
+            first, dot, rest = str(name).partition(".")
+            key, given = prefix + first, {rest: value} if dot else value
+            if first not in hints:
+                raise ConfigError(f"{source}: {key} is not a key; {self._suggest(first, prefix, hints)}")
+            section = _section(hints[first])
+            if section is None or (given is None and type(None) in get_args(hints[first])):
+                self._set(source, key, given, hints[first])
+            elif isinstance(given, Mapping):
+                if OmegaConf.select(self.config, key) is None:
+                    OmegaConf.update(self.config, key, OmegaConf.structured(section))
+                self._add_section(source, given, section, f"{key}.")
+            else:
+                keys = ", ".join(get_type_hints(section))
+                raise ConfigError(f"{source}: {key} is {given!r}; it must be a section with keys among {keys}")
+
+    def _set(self, source: str, key: str, value: object, hint: object) -> None:
+        try:
+            OmegaConf.update(self.config, key, value)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {key} is {value!r}; it must be {_type_name(hint)}") from error
+        self.sources.pop(key, None)
+        self.sources[key] = source
+
+    def _suggest(self, name: str, prefix: str, siblings: Iterable[str]) -> str:
+        """The nearest key of the same section, else the nearest of any section, else the keys of this section."""
+        near = [prefix + sibling for sibling in difflib.get_close_matches(name, siblings, n=1)]
+        if not near:
+            keys = list(_keys(self.schema))
+            close = difflib.get_close_matches(name, [_last(key) for key in keys], n=1, cutoff=0.8)
+            near = [key for key in keys if _last(key) in close]
+        return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(siblings)}"
+
+    def check(self) -> None:
+        """Make every section, the innermost first, so that the error of a section is laid at its door."""
+        for section in (*reversed([key for key, inner in _keys(self.schema).items() if inner]), ""):
+            node = OmegaConf.select(self.config, section) if section else self.config
+            try:
+                if node is not None:
+                    OmegaConf.to_object(node)
+            except MissingMandatoryValue as error:
+                raise ConfigError(f"{self.path}: {error.full_key} has no value; give it one") from error
+            except OmegaConfBaseException as error:
+                key = error.full_key or section
+                raise ConfigError(f"{self._source(key)}: {key} has no meaning: {_first_line(error)}") from error
+            except ValueError as error:
+                raise ConfigError(self._refusal(section, str(error))) from error
+
+    def _refusal(self, section: str, message: str) -> str:
+        """A ValueError's message with its source and, if it begins with the name of a key, that key's dotted name."""
+        name, _, rest = message.partition(" ")
+        for key in (f"{section}.{name}".lstrip("."), name):
+            if key in _keys(self.schema):
+                return f"{self._source(key)}: {key} {rest}"
+        return ": ".join(filter(None, (self._source(section), section, message)))
+
+    def _source(self, key: str) -> str:
+        """Who set `key` or a part of it; else who last set anything beside it; else the config file."""
+        for scope in (key, key.rpartition(".")[0]):
+            setters = [s for k, s in self.sources.items() if not scope or k == scope or k.startswith(f"{scope}.")]
+            if setters:
+                return setters[-1]
+        return self.path
+
+
+def _file_layers(path: Path, children: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`path` with its values, after the files that it extends, outermost first."""
+    if path in children:
+        raise ConfigError(f"{children[-1]}: extends goes round in a circle, back to {path}")
+    try:
+        values = _read(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file" + (f"; {children[-1]} extends it" if children else "")) from error
+    base = values.pop("extends", None)
+    if isinstance(base, str):
+        yield from _file_layers(Path(os.path.normpath(path.parent / base)), (*children, path))
+    elif base is not None:
+        raise ConfigError(f"{path}: extends is {base!r}; it must be the path of one YAML file")
+    yield str(path), values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}: not YAML: {error.problem}{line}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a list; it must hold keys with values")
+    return {str(key): value for key, value in values.items()}
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ConfigError(f"command line: {override!r} is not of the form key=value, such as train.lr=1e-3")
+    try:
+        return {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]}  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"command line: the value of {key} is not YAML: {value!r}") from error
+
+
+def _section(hint: object) -> type | None:
+    """The dataclass that a field of this type holds, or may hold."""
+    return next((t for t in (hint, *_alternatives(hint)) if isinstance(t, type) and is_dataclass(t)), None)
+
+
+def _alternatives(hint: object) -> tuple[object, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+
+
+def _keys(schema: type) -> dict[str, type | None]:
+    """The dotted name of every key and section, a section before its keys; and the dataclass of a section."""
+    keys: dict[str, type | None] = {}
+    for name, hint in get_type_hints(schema).items():
+        keys[name] = section = _section(hint)
+        if section is not None:
+            keys |= {f"{name}.{inner}": t for inner, t in _keys(section).items()}
+    return keys
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _type_name(hint: object) -> str:
+    if get_origin(hint) is Literal:
+        values = [str(value) for value in get_args(hint)]
+        return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
+    if alternatives := _alternatives(hint):
+        return " or ".join(_type_name(t) for t in alternatives)
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+def _docs(schema: type) -> dict[str, str]:
+    """The string literal under each field, read from the source of the class and of its bases."""
+    docs: dict[str, str] = {}
+    for cls in (c for c in reversed(schema.__mro__) if is_dataclass(c)):
+        definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for field, below in itertools.pairwise(definition.body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[name] = inspect.cleandoc(doc)
+    return docs
+
+
+def _escape(value: Any) -> Any:
+    """`value` with every `${` in its strings escaped, so that it is read back as text."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    return [_escape(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

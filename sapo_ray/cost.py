@@ -1,0 +1,33 @@
+"""What a stage costs, counted the same way everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class Cost:
+    """A sum of costs. Tokens cached by the engine's prefix cache were not computed and cost no FLOPs.
+
+    FLOPs are counted as 2 · parameters a token for a forward pass and 6 · parameters a token for training (Kaplan et
+    al., arXiv 2001.08361); attention's quadratic part is left out.
+    """
+
+    trajectories: int = 0
+    checks: int = 0
+    rollouts: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    scored_tokens: int = 0
+    trained_tokens: int = 0
+    flops: float = 0.0
+
+    def __iadd__(self, other: Cost) -> Cost:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

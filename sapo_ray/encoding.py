@@ -1,0 +1,41 @@
+"""From text to tokens, one step at a time.
+
+Every step is encoded on its own, so the tokens of a prefix s_(0:j) are a prefix of the tokens of τ by construction,
+whatever the tokenizer would merge across a step's boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A trajectory as tokens. `step_ends[j]` is the index in `ids` of the last token of step j."""
+
+    ids: list[int]
+    prompt_length: int
+    step_ends: list[int]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, steps: Sequence[str], *, finished: bool = False) -> Encoded:
+    """Encode a prompt and the steps after it; `finished` appends the end-of-sequence token.
+
+    Raises ValueError for a prompt or step that has no tokens.
+    """
+    ids: list[int] = tokenizer.encode(prompt)
+    prompt_length, step_ends = len(ids), []
+    if not ids:
+        raise ValueError("an empty prompt has no tokens")
+    for number, step in enumerate(steps):
+        tokens = tokenizer.encode(step, add_special_tokens=False)
+        if not tokens:
+            raise ValueError(f"step {number} ({step!r}) has no tokens")
+        ids += tokens
+        step_ends.append(len(ids) - 1)
+    if finished:
+        ids.append(tokenizer.eos_token_id)
+    return Encoded(ids, prompt_length, step_ends)

@@ -1,0 +1,153 @@
+"""What a reasoner and a verifier are worth: accuracy on questions, and scores against true step labels."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from sapo_ray.data import MASKED, Question, Trajectory
+from sapo_ray.labelers import first_error
+from sapo_ray.metrics import (
+    accuracy_interval,
+    auroc,
+    brier,
+    first_zero,
+    majority_answer,
+    pass_at_k,
+    repetitiveness,
+    step_accuracy,
+)
+from sapo_ray.sampler import Sampler
+from sapo_ray.tasks.base import Task
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    test: int = 500
+    """Test questions answered after every round (0: all)."""
+    ood: int = 200
+    """Longer test questions answered after every round (0: all)."""
+    samples: int = 8
+    """Sampled answers per test question, for sampled accuracy, pass@k, majority and best-of-N."""
+    sampled_questions: int = 200
+    """How many of the test questions are sampled."""
+    verification: int = 200
+    """Trajectories of validation questions, right and wrong in equal parts where possible, that measure the
+    self-verification error; fixed for the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A question, its greedy answer (where asked for) and its sampled solutions."""
+
+    question: Question
+    greedy: Trajectory | None
+    samples: tuple[Trajectory, ...]
+
+
+async def answer(sampler: Sampler, question: Question, stage: str, samples: int) -> Sampled:
+    """Answer one question greedily and `samples` times by sampling."""
+    greedy, drawn = await asyncio.gather(
+        sampler.sample(question, f"{stage}/greedy", [0], greedy=True),
+        sampler.sample(question, f"{stage}/sampled", range(samples)),
+    )
+    return Sampled(question, greedy[0], tuple(drawn))
+
+
+def reasoner_report(answered: Sequence[Sampled]) -> dict[str, Any]:
+    """Greedy accuracy with its 95% interval, and over the sampled questions accuracy, pass@k and majority accuracy."""
+    greedy = [a.greedy.correct for a in answered if a.greedy]
+    sampled = [a for a in answered if a.samples]
+    k = len(sampled[0].samples) if sampled else None
+    hits = [sum(s.correct for s in a.samples) for a in sampled]
+    return {
+        "greedy_accuracy": fmean(greedy) if greedy else None,
+        "n": len(greedy),
+        "ci95": accuracy_interval(sum(greedy), len(greedy)),
+        "sampled_accuracy": fmean(h / k for h in hits) if k else None,
+        "k": k,
+        "pass_at_k": fmean(pass_at_k(h, k, k) for h in hits) if k else None,
+        "majority_accuracy": fmean(_majority_is_right(a) for a in sampled) if k else None,
+        "repetitiveness": repetitiveness([s for a in sampled for s in a.samples]),
+    }
+
+
+def best_of_n_accuracy(answered: Sequence[Sampled], mean_scores: Mapping[str, float]) -> float | None:
+    """Accuracy of the sample that the verifier scores highest, by mean step score r(τ); None without samples."""
+    best = [max(a.samples, key=lambda s: mean_scores.get(s.id, -1.0)) for a in answered if a.samples]
+    return fmean(b.correct for b in best) if best else None
+
+
+def split_validation(trajectories: Sequence[Trajectory], most: int) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Two disjoint halves, by question order: one to tune on, and one to measure self-verification with.
+
+    Trajectories without an answer are in neither. Of the second half at most `most` are taken, right and wrong ones in
+    equal parts as far as there are so many of both.
+    """
+    answered = [t for t in trajectories if t.answer is not None]
+    half = len(answered) // 2
+    right = [t for t in answered[half:] if t.correct]
+    wrong = [t for t in answered[half:] if not t.correct]
+    few = min(len(right), len(wrong), most // 2)
+    return answered[:half], right[: max(few, most - len(wrong))] + wrong[: max(few, most - len(right))]
+
+
+def step_report(
+    scores: Sequence[Sequence[float]], labels: Sequence[Sequence[int]], threshold: float
+) -> dict[str, float | None]:
+    """Step scores against step labels, all trajectories' steps alike; masked steps are left out."""
+    steps = [
+        (score, label)
+        for row_scores, row_labels in zip(scores, labels, strict=True)
+        for score, label in zip(row_scores, row_labels, strict=True)
+        if label != MASKED
+    ]
+    flat_scores, flat_labels = [score for score, _ in steps], [label for _, label in steps]
+    return {
+        "step_accuracy": step_accuracy(flat_scores, flat_labels, threshold),
+        "auroc": auroc(flat_scores, flat_labels),
+        "brier": brier(flat_scores, flat_labels),
+    }
+
+
+def verifier_report(
+    task: Task,
+    scored: Sequence[tuple[Question, Trajectory, tuple[float, ...]]],
+    start_score: float | None,
+    threshold: float,
+    allow_first_step: bool,
+) -> dict[str, Any]:
+    """A verifier's scores against the task's `reachable` oracle; all None where the task has none.
+
+    The hit rate is over wrong trajectories with a first error: how often argmax of the drop is that step, beside a
+    uniform guess's rate. Without a start score (no right first step was seen in training) it is taken as 1.
+    """
+    scores: list[Sequence[float]] = []
+    truth: list[Sequence[int]] = []
+    hits: list[float] = []
+    guesses: list[float] = []
+    start = 1.0 if start_score is None else start_score
+    for question, trajectory, steps in scored:
+        oracle = task.oracle(question, trajectory.steps)
+        if oracle is None:
+            break
+        scores.append(steps)
+        truth.append(oracle.reachable)
+        error = first_zero(oracle.reachable)
+        if not trajectory.correct and error < len(steps):
+            hits.append(float(first_error(steps, start, allow_first_step) == error))
+            guesses.append(1 / len(steps))
+    return {
+        **step_report(scores, truth, threshold),
+        "first_error_hit_rate": fmean(hits) if hits else None,
+        "random_hit_rate": fmean(guesses) if guesses else None,
+        "wrong_trajectories": len(hits),
+    }
+
+
+def _majority_is_right(answered: Sampled) -> float:
+    majority = majority_answer([s.answer for s in answered.samples])
+    return float(any(s.correct for s in answered.samples if s.answer == majority)) if majority is not None else 0.0

@@ -1,0 +1,103 @@
+"""Checkpoints: a random start for tasks that bring their own alphabet, and the verifier's head.
+
+Everything here reads and writes the Hugging Face format with safetensors weights, so that transformers and vLLM load a
+4M-parameter toy and a 7B model through the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+
+@dataclass(kw_only=True)
+class RandomModelConfig:
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    layers: int = 6
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads; the same number of key-value heads."""
+    intermediate_size: int = 384
+    """Width of the feed-forward layers."""
+    max_length: int = 512
+    """Longest sequence, in tokens."""
+    tie_embeddings: bool = True
+    """Share the input and output embeddings."""
+
+
+def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer without merges: one token a character of `alphabet`, after `<pad>` (0) and `<eos>` (1)."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    characters = [byte_level.pre_tokenize_str(character)[0][0] for character in alphabet]
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(["<pad>", "<eos>", *characters])},
+        merges=[],
+        unk_token="<pad>",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        model_max_length=max_length,
+    )
+
+
+def save_random_reasoner(config: RandomModelConfig, alphabet: str, seed: int, path: Path) -> None:
+    """Write a Qwen2 causal LM with random fp32 weights, and its character tokenizer, to the directory `path`."""
+    tokenizer = character_tokenizer(alphabet, config.max_length)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.heads,
+                intermediate_size=config.intermediate_size,
+                max_position_embeddings=config.max_length,
+                tie_word_embeddings=config.tie_embeddings,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a verifier's scores mean, stored with its checkpoint.
+
+    `start_score` is the mean ĉ_0 over right first steps of its training data (None: there were none); `threshold` is
+    the lowest step score that a trajectory without an error has.
+    """
+
+    start_score: float | None
+    threshold: float
+
+    @staticmethod
+    def load(checkpoint: Path) -> Calibration | None:
+        """The calibration stored with a checkpoint, or None."""
+        path = checkpoint / "calibration.json"
+        return Calibration(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def save(self, checkpoint: Path) -> None:
+        (checkpoint / "calibration.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def parameter_count(checkpoint: Path) -> int:
+    """Number of weights in a checkpoint directory's safetensors files, read from their headers."""
+    count = 0
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if count == 0:
+        raise FileNotFoundError(f"{checkpoint} holds no safetensors weights")
+    return count

@@ -1,0 +1,119 @@
+"""What a run tells about itself: counts of a stream, the paper's warning signs, and summary.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from sapo_ray.annotator import Annotation
+from sapo_ray.cost import Cost
+from sapo_ray.data import Trajectory
+from sapo_ray.metrics import label_counts, largest_drop, repetitiveness
+
+Notes = Mapping[str, Any]
+FLATTENED = 0.5
+"""Warn when the mean largest score drop falls below this share of the round before's."""
+RISEN = 0.1
+"""Warn when the self-verification error rises by this much over the round before's."""
+REPETITIVE = 0.2
+"""Warn when this share of a trajectory's steps, on average, repeats an earlier step of it."""
+
+
+@dataclass
+class StreamReport:
+    """Counts over a stream of sampled and labelled trajectories, without keeping them."""
+
+    start_score: float | None
+    counts: Counter[str] = field(default_factory=Counter)
+    cases: Counter[str] = field(default_factory=Counter)
+    steps: Counter[str] = field(default_factory=Counter)
+    drops: list[float] = field(default_factory=list)
+    repeats: list[float] = field(default_factory=list)
+
+    def add(self, trajectories: Sequence[Trajectory], annotations: Sequence[Annotation]) -> None:
+        """Count one question's trajectories and what became of them."""
+        self.counts["sampled"] += len(trajectories)
+        self.counts["correct"] += sum(t.correct for t in trajectories)
+        self.counts["truncated"] += sum(t.truncated for t in trajectories)
+        self.counts["unanswered_questions"] += not any(t.answer is not None for t in trajectories)
+        self.counts["expanded"] += sum(len(a.labelled) - 1 for a in annotations)
+        if (repeats := repetitiveness(trajectories)) is not None:
+            self.repeats.append(repeats)
+        for annotation in annotations:
+            row = annotation.labelled[0]
+            self.cases.update([row.case] if row.case else [])
+            self.steps.update(label_counts(annotation.labelled))
+            if row.scores is not None:
+                self.drops.append(largest_drop(row.scores, 1.0 if self.start_score is None else self.start_score))
+
+    def notes(self) -> dict[str, Any]:
+        return {
+            "trajectories": dict(self.counts),
+            "cases": dict(self.cases),
+            "step_labels": dict(self.steps),
+            "mean_largest_drop": fmean(self.drops) if self.drops else None,
+            "repetitiveness": fmean(self.repeats) if self.repeats else None,
+        }
+
+
+def warning_signs(number: int, notes: Mapping[str, Notes]) -> list[str]:
+    """The signs of a failing run that the paper names, read off a round's notes and the round before's."""
+    stream, before = notes.get(f"round-{number}/sample", {}), notes.get(f"round-{number - 1}/sample", {})
+    signs = []
+    drop, drop_before = stream.get("mean_largest_drop"), before.get("mean_largest_drop")
+    if drop is not None and drop_before is not None and drop < FLATTENED * drop_before:
+        signs.append(f"score drops flatten: {drop:.3f} after {drop_before:.3f}; detection may be turning random")
+    error = notes.get(f"round-{number}/self-verification", {}).get("all")
+    error_before = notes.get(f"round-{number - 1}/self-verification", {}).get("all")
+    if error is not None and error_before is not None and error > error_before + RISEN:
+        signs.append(f"self-verification error rises: {error:.3f} after {error_before:.3f}")
+    if (repeats := stream.get("repetitiveness")) is not None and repeats > REPETITIVE:
+        signs.append(f"samples are repetitive: {repeats:.0%} of a solution's steps repeat an earlier one")
+    return signs
+
+
+def summary(notes: Mapping[str, Notes], rounds: int) -> dict[str, Any]:
+    """The text of summary.json: one entry a round that has been evaluated. What a round lacks is null."""
+    done = [i for i in range(rounds + 1) if f"round-{i}/evaluate" in notes]
+    return {"rounds": [_round(i, _stages(i, notes)) for i in done]}
+
+
+def _stages(number: int, notes: Mapping[str, Notes]) -> dict[str, Notes]:
+    prefix = f"round-{number}/"
+    return {name.removeprefix(prefix): note for name, note in notes.items() if name.startswith(prefix)}
+
+
+def _round(number: int, stages: Mapping[str, Notes]) -> dict[str, Any]:
+    evaluation, self_verification = stages["evaluate"], stages.get("self-verification", {})
+    verifier = evaluation["verifier"]
+    if verifier is not None:
+        verifier = {
+            **verifier,
+            "self_verification_error": self_verification.get("all"),
+            "self_verification": {
+                checker: {kind: stages[name].get(kind) for kind in ("right", "wrong", "all")}
+                for checker, name in (("trained_from", "self-verification"), ("aligned", "self-verification-aligned"))
+                if name in stages
+            },
+        }
+    return {
+        "round": number,
+        "test": evaluation["test"],
+        "ood": evaluation["ood"],
+        "verifier": verifier,
+        "samples": {k: v for k, v in stages.get("sample", {}).items() if k not in ("cost", "seconds")} or None,
+        "pairs": {k: v for k, v in stages.get("pairs", {}).items() if k not in ("cost", "seconds")} or None,
+        "cost": _cost(stages),
+        "warnings": stages.get("warnings", {}).get("signs", []),
+    }
+
+
+def _cost(stages: Mapping[str, Notes]) -> dict[str, Any]:
+    total = Cost()
+    for stage in stages.values():
+        total += Cost(**stage.get("cost", {}))
+    seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
+    return {**total.as_dict(), "seconds": seconds}

@@ -1,0 +1,148 @@
+"""From questions to trajectories: S_i = Sample(M, questions) (SAPO.md's algorithm 1; paper section 3.1)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from sapo_ray.data import Question, Trajectory, seed_of
+from sapo_ray.encoding import encode
+from sapo_ray.requests import Completion, GenerateRequest, Sampling
+from sapo_ray.tasks.base import Task
+
+Generate = Callable[[GenerateRequest], Awaitable[Completion]]
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    samples: int = 4
+    """Trajectories sampled per question (K)."""
+    temperature: float = 1.0
+    """Sampling temperature, of trajectories and of rollouts."""
+    top_p: float = 1.0
+    """Nucleus of the distribution that is sampled from; 1 takes all of it."""
+    max_tokens: int = 96
+    """Most tokens a solution may have; a longer one is truncated."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a solution; the end-of-sequence token always does."""
+    min_unique: int = 1
+    """Go on sampling a question until it has this many different trajectories …"""
+    max_samples: int = 4
+    """… or this many samples in all. Repeats of a trajectory are dropped."""
+    questions: int = 0
+    """Questions a round samples from, a new part of the pool each round as far as it reaches; 0 takes all of them."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; it must be at least 1")
+        if self.max_samples < self.samples:
+            raise ValueError(f"max_samples is {self.max_samples}; it must be at least samples = {self.samples}")
+        if self.min_unique > self.max_samples:
+            raise ValueError(f"min_unique is {self.min_unique}; it must be at most max_samples = {self.max_samples}")
+
+    def decoding(self, *, greedy: bool = False) -> Sampling:
+        """How one request is decoded."""
+        return Sampling(
+            temperature=0.0 if greedy else self.temperature,
+            top_p=1.0 if greedy else self.top_p,
+            max_tokens=self.max_tokens,
+            stop=tuple(self.stop),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A completion, read: the steps it adds to its prefix, and the answer of the whole."""
+
+    steps: tuple[str, ...]
+    answer: str | None
+    correct: bool
+    truncated: bool
+
+
+class Solver:
+    """Asks the reasoner to go on from prefixes of a question's solution, and reads what comes back."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, generate: Generate, seed: int) -> None:
+        self.task, self._tokenizer, self._generate, self._seed = task, tokenizer, generate, seed
+
+    async def solve(self, question: Question, prefix: Sequence[str], request_id: str, sampling: Sampling) -> Solution:
+        """One completion of a prefix, sampled with the seed that belongs to the request's id."""
+        prompt = encode(self._tokenizer, self.task.prompt(question.text), prefix)
+        completion = await self._generate(
+            GenerateRequest(
+                id=request_id,
+                prompt_ids=tuple(prompt.ids),
+                seed=seed_of(self._seed, request_id),
+                sampling=sampling,
+            )
+        )
+        steps = self.task.split(completion.text)
+        answer = self.task.answer([*prefix, *steps]) if completion.finished else None
+        return Solution(steps, answer, self.task.is_correct(answer, question.answer), not completion.finished)
+
+
+class Sampler:
+    """Samples whole solutions of questions."""
+
+    def __init__(self, solver: Solver, config: SamplingConfig) -> None:
+        self._solver, self._config = solver, config
+
+    async def sample(
+        self, question: Question, stage: str, numbers: Sequence[int], *, greedy: bool = False
+    ) -> list[Trajectory]:
+        """The samples with these numbers, repeats and empty ones included."""
+        return await asyncio.gather(*(self._one(question, f"{stage}/{question.id}/{k}", greedy) for k in numbers))
+
+    async def unique(self, question: Question, stage: str) -> list[Trajectory]:
+        """At least `samples` samples, and on until `min_unique` different ones are found or `max_samples` drawn.
+
+        Empty solutions and repeats of an earlier sample are dropped.
+        """
+        drawn, found = 0, dict[tuple[str, ...], Trajectory]()
+        while drawn < self._config.samples or (
+            len(found) < self._config.min_unique and drawn < self._config.max_samples
+        ):
+            more = min(self._config.samples, self._config.max_samples - drawn)
+            for trajectory in await self.sample(question, stage, range(drawn, drawn + more)):
+                if trajectory.steps:
+                    found.setdefault(trajectory.steps, trajectory)
+            drawn += more
+        return list(found.values())
+
+    async def _one(self, question: Question, request_id: str, greedy: bool) -> Trajectory:
+        solution = await self._solver.solve(question, (), request_id, self._config.decoding(greedy=greedy))
+        return Trajectory(
+            id=request_id,
+            question_id=question.id,
+            question=question.text,
+            steps=solution.steps,
+            answer=solution.answer,
+            correct=solution.correct,
+            truncated=solution.truncated,
+        )
+
+
+def round_questions(pool: Sequence[Question], round_number: int, count: int) -> Sequence[Question]:
+    """The questions that a round samples from: the next `count` of the pool, round after round; 0 takes all of it."""
+    if not 0 < count < len(pool):
+        return pool
+    return [pool[(round_number * count + i) % len(pool)] for i in range(count)]
+
+
+def original_trajectory(question: Question) -> Trajectory:
+    """A question's worked solution as a trajectory. Raises ValueError where it has none."""
+    if question.solution is None:
+        raise ValueError(f"question {question.id} has no worked solution")
+    return Trajectory(
+        id=f"original/{question.id}",
+        question_id=question.id,
+        question=question.text,
+        steps=question.solution,
+        answer=question.answer,
+        correct=True,
+        source="original",
+    )

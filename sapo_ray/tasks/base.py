@@ -1,0 +1,46 @@
+"""What a task is: questions, a prompt, a way to split a solution into steps, and a way to judge its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+from sapo_ray.data import Question
+
+Split = Literal["worked", "pool", "validation", "test", "ood"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True, slots=True)
+class OracleLabels:
+    """True labels of every step of a solution, 1 or 0 each.
+
+    `strict`: the step itself is right. `reachable`: a perfect reasoner that goes on from here, taking what is written
+    as true, still reaches the gold answer.
+    """
+
+    strict: tuple[int, ...]
+    reachable: tuple[int, ...]
+
+
+class Task(Protocol):
+    """One task. All methods are pure, so any process can build the task from the config and use it."""
+
+    def questions(self, split: Split) -> Sequence[Question]:
+        """The questions of a split, in a fixed order. Only `worked` ones carry solutions."""
+
+    def prompt(self, question: str) -> str:
+        """The text the reasoner continues."""
+
+    def split(self, text: str) -> tuple[str, ...]:
+        """The steps of a completion; joined with nothing between them they give `text` back."""
+
+    def answer(self, steps: Sequence[str]) -> str | None:
+        """The final answer a solution states, or None."""
+
+    def is_correct(self, answer: str | None, gold: str) -> bool:
+        """Whether an answer agrees with the gold answer. None never does."""
+
+    def oracle(self, question: Question, steps: Sequence[str]) -> OracleLabels | None:
+        """True step labels, or None where the task has no oracle."""

@@ -1,0 +1,160 @@
+"""What one training is asked to do and what it reports: configs, the job, its result, the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One training. Raises ValueError for values that no training could have."""
+
+    epochs: int = 1
+    """Passes over the data."""
+    max_updates: int | None = None
+    """Stop after this many updates, where the epochs hold more. The schedule runs over those that are made."""
+    batch_size: int = 32
+    """Examples (a pair is one) an update learns from, over all workers."""
+    micro_batch_tokens: int = 8192
+    """Most tokens, padding included, of one forward pass on one worker. At least 2 * max_tokens, so that a pair fits."""
+    max_tokens: int = 512
+    """Longest sequence, prompt included."""
+    too_long: Literal["fail", "drop"] = "fail"
+    """`fail`: a longer example stops the training. `drop`: it is left out and counted."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_ratio: float = 0.05
+    """Share of the updates in which the learning rate rises from 0 to its peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Where `cosine` and `linear` end, as a share of the peak."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay, on matrices only (no biases, no norms)."""
+    beta1: float = 0.9
+    """AdamW's decay rate of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay rate of the second moment."""
+    max_grad_norm: float = 1.0
+    """Longest gradient, as a 2-norm over all parameters; 0 leaves it alone."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward and backward passes and of the exported weights. bf16 keeps fp32 master weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more FLOPs, far less memory."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients as well, 3 weights as well. 0 adds up the
+    gradients of an update's micro-batches in `dtype`, the others in fp32."""
+    checkpoint_every: int = 0
+    """Updates between mid-training checkpoints, from which an interrupted training goes on; 0 makes none."""
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "max_tokens", "learning_rate"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
+        for key in ("weight_decay", "max_grad_norm", "checkpoint_every"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        for key in ("warmup_ratio", "min_lr_ratio", "beta1", "beta2"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must lie between 0 and 1")
+        if self.max_updates is not None and self.max_updates < 1:
+            raise ValueError(f"max_updates is {self.max_updates}; it must be at least 1, or null")
+        if self.zero_stage not in range(4):
+            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.micro_batch_tokens < 2 * self.max_tokens:
+            raise ValueError(
+                f"micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 2 * max_tokens = "
+                f"{2 * self.max_tokens}, so that a pair fits"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The group of training workers. One group serves every training of a run."""
+
+    workers: int = 1
+    """Data-parallel workers."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray sets aside for each; may be a fraction."""
+    gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each. Above 0: NCCL on CUDA; 0: gloo on CPUs."""
+    threads_per_worker: int = 1
+    """Torch's threads in each."""
+    keep_workers: bool = True
+    """Keep the group between trainings (a start costs some 25 s of imports). False frees its CPUs, GPUs and memory."""
+    max_failures: int = 3
+    """Worker crashes that a group survives; the training goes on from its last mid-training checkpoint."""
+
+
+class Prompts(Protocol):
+    """The part of a task that training needs."""
+
+    def prompt(self, question: str) -> str:
+        """The text the reasoner continues."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Train the checkpoint `init` on the Parquet files and directories `data`, and export to the directory `out`."""
+
+    objective: str
+    """Name of the objective: sft, prm or orpo."""
+    init: str
+    data: tuple[str, ...]
+    out: str
+    task: Prompts
+    config: TrainConfig
+    seed: int
+    params: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of the objective, such as ORPO's beta."""
+
+    def fingerprint(self, workers: int) -> dict[str, Any]:
+        """What must be the same for a training to be the same: an interrupted one goes on only under an equal one."""
+        return {
+            "objective": self.objective,
+            "params": dict(self.params),
+            "init": self.init,
+            "data": list(self.data),
+            "seed": self.seed,
+            "workers": workers,
+            **vars(self.config),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished training."""
+
+    checkpoint: str
+    """Directory of the exported checkpoint."""
+    updates: int
+    examples: int
+    """Examples that were trained on."""
+    too_long: int
+    """Examples left out by `too_long: drop`."""
+    empty: int
+    """Rows left out because they hold nothing to learn from (no unmasked step)."""
+    tokens: int
+    """Tokens that went through the model, padding not counted."""
+    flops: float
+    """6 * parameters * tokens."""
+    seconds: float
+    """Wall-clock time in the workers, from loading the checkpoint to the export."""
+    resumed_from: int
+    """Update whose mid-training checkpoint the last attempt started from; 0 for a fresh start."""
+    metrics: list[dict[str, float]]
+    """For each update: `update` (from 1), `loss`, its terms by name, `lr`, `grad_norm` (before clipping), `tokens`."""
+
+
+def learning_rate(config: TrainConfig, update: int, updates: int) -> float:
+    """The learning rate of an update (from 0) among `updates`: a linear warm-up, then the schedule."""
+    warmup = round(config.warmup_ratio * updates)
+    if update < warmup:
+        return config.learning_rate * (update + 1) / (warmup + 1)
+    left = 1 - (update - warmup) / max(1, updates - warmup)
+    share = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.schedule]
+    floor = 1.0 if config.schedule == "constant" else config.min_lr_ratio
+    return config.learning_rate * (floor + (1 - floor) * share)
