@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from actors.coordinator import Coordinator
 from sapo_ray.config import RunConfig
+from sapo_ray.errors import SapoError
 from sapo_ray.progress import Reporter
 
 
@@ -35,13 +37,17 @@ class CoordinatorClient:
         self._wanted |= {role: str(checkpoint) for role, checkpoint in models.items() if checkpoint is not None}
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call the coordinator and show its progress until it answers. A failure is raised here with its cause."""
-        self._load()
-        answer = getattr(self._actor, method).remote(*args)
-        while not ray.wait([answer], timeout=1.0)[0]:
-            progress = ray.get(self._actor.progress.remote())
-            self._reporter.update(progress["done"], progress["total"], f"{progress['tokens']:,} tokens")
-        return ray.get(answer)
+        """Call the coordinator and show its progress until it answers. Raises SapoError with the cause of a failure."""
+        try:
+            self._load()
+            answer = getattr(self._actor, method).remote(*args)
+            while not ray.wait([answer], timeout=1.0)[0]:
+                progress = ray.get(self._actor.progress.remote())
+                self._reporter.update(progress["done"], progress["total"], f"{progress['tokens']:,} tokens")
+            return ray.get(answer)
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise SapoError(f"{method}: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
 
     def _load(self) -> None:
         if self._actor is None:

@@ -22,8 +22,14 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sapo_ray.batching import global_batches, micro_batches
 from sapo_ray.objectives import make_objective
@@ -292,7 +298,13 @@ def _engine(model: PreTrainedModel, config: TrainConfig) -> deepspeed.DeepSpeedE
         betas=(config.beta1, config.beta2),
         fused=True,
     )
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=_deepspeed_config(config))[0]
+    # Without this, DeepSpeed compiles its shared-memory all-reduce, an operator for inference, when it starts on CPUs.
+    deepspeed.ops.__compatible_ops__ = {}
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=_deepspeed_config(config))[0]
+    if config.zero_stage == 0:
+        # In bf16, DeepSpeed has stepped once on zero gradients, which Adam's bias correction would count.
+        optimizer.state.clear()
+    return engine
 
 
 def _deepspeed_config(config: TrainConfig) -> dict[str, Any]:

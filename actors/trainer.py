@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +21,14 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from sapo_ray.errors import SapoError
 from sapo_ray.training import TrainerConfig, TrainJob, TrainResult
 
 
-class TrainingError(Exception):
+OnProgress = Callable[[int, int, str], None]
+
+
+class TrainingError(SapoError):
     """A training failed. The text is the cause as the worker saw it."""
 
 
@@ -114,10 +120,11 @@ class Trainer:
         threading.Thread(target=_fit, args=(trainer, fit), daemon=True, name="ray-train-fit").start()
         self._group = _Group(board, fit)
 
-    def train(self, job: TrainJob) -> TrainResult:
+    def train(self, job: TrainJob, on_progress: OnProgress | None = None) -> TrainResult:
         """Train a job and wait for its result. A job that is already finished costs nothing.
 
-        Raises TrainingError with the worker's own cause. The group lives on where the job was at fault.
+        `on_progress` is told updates done, updates in all, and the loss, about once a second. Raises TrainingError with
+        the worker's own cause. The group lives on where the job was at fault.
         """
         job = _absolute(job)
         self.start()
@@ -125,6 +132,8 @@ class Trainer:
         board, fit = self._group.board, self._group.fit
         outcome = board.outcome.remote(ray.get(board.post.remote(job)))
         while not ray.wait([outcome], timeout=1)[0]:
+            if on_progress and (progress := self.progress()):
+                on_progress(int(progress["done"]), int(progress["total"]), f"loss {progress['loss']:.4f}")
             if fit.done():
                 self._group = None
                 raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
@@ -159,6 +168,7 @@ def _work(config: dict[str, Any]) -> None:
 
     torch.set_num_threads(config["threads"])
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     board, first = config["board"], ray.train.get_context().get_world_rank() == 0
     number = -1
     while (posted := ray.get(board.next.remote(number))) is not None:

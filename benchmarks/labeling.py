@@ -150,7 +150,7 @@ def _print(results: dict[str, dict[str, dict[str, float]]]) -> None:
         for name in ("labeler", *columns, "tokens / shepherd", "tokens / omega", "seconds / shepherd"):
             table.add_column(name, justify="right")
         for name, figures in labelers.items():
-            cells = ["–" if figures[c] is None else f"{figures[c]:.4g}" for c in columns]  # noqa: RUF001
+            cells = ["–" if figures[c] is None else f"{figures[c]:.4g}" for c in columns]
             table.add_row(name, *cells, *_ratios(figures, labelers))
         Console().print(table)
 

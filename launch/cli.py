@@ -10,7 +10,7 @@ import click
 
 from sapo_ray.errors import SapoError
 
-COMMANDS = ("doctor",)
+COMMANDS = ("run", "label", "evaluate", "show", "doctor")
 
 
 class Failure(click.ClickException):

@@ -44,13 +44,17 @@ class Check:
     required: bool = True
 
 
-@click.command(epilog="Example: sapo doctor --json")
+@click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of a table.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Check versions, engines and resources, and name the command that mends what is missing.
 
     Exits with 1 if something that a run needs is missing.
+
+    \b
+    Example:
+      sapo doctor --json
     """
     with Console(stderr=True).status("importing the engines"):
         checks = [*version_checks(read_pins(lock_path())), *engine_checks(), *machine_checks()]

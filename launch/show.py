@@ -92,7 +92,7 @@ def _cell(entry: Mapping[str, Any], path: str, form: str) -> str:
     for key in path.split("."):
         value = value.get(key) if value is not None else None
     if value is None:
-        return "–"  # noqa: RUF001 (a dash for what the round lacks)
+        return "–"
     match form:
         case "percent":
             return f"{100 * value:.1f}"

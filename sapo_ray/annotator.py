@@ -7,11 +7,14 @@ early exit by sample number, and keeps what they were made of.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from sapo_ray.concurrency import abandon, together
 from sapo_ray.data import Estimate, LabelledTrajectory, Question, Rollout, Trajectory
 from sapo_ray.estimate import PrefixCheck
-from sapo_ray.labelers import LabelingConfig, Labels, MakeLabeler, expand, label_correct
+from sapo_ray.labelers import Labeler, LabelingConfig, Labels, MakeLabeler, expand, label_correct
 from sapo_ray.requests import Sampling
 from sapo_ray.sampler import Solution, Solver
 
@@ -23,6 +26,20 @@ class Annotation:
     labelled: list[LabelledTrajectory]
     rollouts: list[Rollout] = field(default_factory=list)
     checks: int = 0
+
+
+def distinct(annotations: Sequence[Annotation]) -> list[LabelledTrajectory]:
+    """All rows of the annotations, less those that repeat an earlier one (same question, same step texts).
+
+    The given trajectories come first, in their order, then what expansion made of them: the labels of a given
+    trajectory go before those of an expansion that happens to equal it.
+    """
+    given = [annotation.labelled[0] for annotation in annotations]
+    expanded = [row for annotation in annotations for row in annotation.labelled[1:]]
+    rows: dict[tuple[str, tuple[str, ...]], LabelledTrajectory] = {}
+    for row in given + expanded:
+        rows.setdefault((row.trajectory.question_id, row.trajectory.steps), row)
+    return list(rows.values())
 
 
 class Annotator:
@@ -41,26 +58,16 @@ class Annotator:
         """
         if trajectory.correct:
             return Annotation([self.labelled(trajectory, label_correct(trajectory), scores)])
-        labeler = self._make_labeler(trajectory, scores)
-        estimates: list[Estimate] = []
-        runs: list[_Check] = []
+        new_check = partial(_Check, self._solver, self._config, self._sampling, question, trajectory, stage)
+        checks: list[_Check] = []
         try:
-            steps = next(labeler)
-            while True:
-                batch = [self._check(question, trajectory, step, stage) for step in steps]
-                runs += batch
-                answers = await asyncio.gather(*(run.estimate() for run in batch))
-                estimates += answers
-                steps = labeler.send(tuple(answer.value for answer in answers))
-        except StopIteration as end:
-            labels = end.value
-        rollouts = [rollout for run in runs for rollout in await run.rollouts()]
-        labelled = self.labelled(trajectory, labels, scores, tuple(estimates))
+            labels = await _drive(self._make_labeler(trajectory, scores), new_check, checks)
+            rollouts = [rollout for check in checks for rollout in await check.rollouts()]
+        finally:
+            await abandon(task for check in checks for task in check.tasks)
+        labelled = self.labelled(trajectory, labels, scores, tuple(check.estimate for check in checks))
         expanded = expand(labelled, rollouts) if self._config.expand else []
-        return Annotation([labelled, *expanded], rollouts, len(estimates))
-
-    def _check(self, question: Question, trajectory: Trajectory, step: int, stage: str) -> _Check:
-        return _Check(self._solver, self._config, self._sampling, question, trajectory, step, stage)
+        return Annotation([labelled, *expanded], rollouts, len(checks))
 
     def labelled(
         self,
@@ -81,6 +88,20 @@ class Annotator:
         )
 
 
+async def _drive(labeler: Labeler, new_check: Callable[[int], _Check], checks: list[_Check]) -> Labels:
+    """Run a labeler to its end; what it asks is decided by new checks, which are added to `checks`."""
+    try:
+        steps = next(labeler)
+        while True:
+            asked = [new_check(step) for step in steps]
+            checks += asked
+            await together(one.decide() for one in asked)
+            steps = labeler.send(tuple(one.estimate.value for one in asked))
+    except StopIteration as end:
+        labels: Labels = end.value
+        return labels
+
+
 class _Check:
     """The rollouts of one prefix, a few in flight at a time, until the estimate is decided."""
 
@@ -91,33 +112,39 @@ class _Check:
         sampling: Sampling,
         question: Question,
         trajectory: Trajectory,
-        step: int,
         stage: str,
+        step: int,
     ) -> None:
         self._solver, self._sampling, self._question, self._trajectory = solver, sampling, question, trajectory
         self._step, self._id = step, f"{stage}/{trajectory.id}/step-{step}"
         self._rule = PrefixCheck(config.rollouts, config.rollouts_in_flight, config.early_exit)
         self._solutions: dict[int, asyncio.Task[Solution]] = {}
 
-    async def estimate(self) -> Estimate:
+    async def decide(self) -> None:
         """Run rollouts until the first success by sample number is known, or all have failed."""
         while not self._rule.decided:
             for sample in self._rule.launch():
                 self._solutions[sample] = asyncio.create_task(self._solve(sample))
-            running = [task for task in self._solutions.values() if not task.done()]
+            running = [task for task in self.tasks if not task.done()]
             finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in finished:
                 task.result()  # a failed rollout fails its check
+
+    @property
+    def tasks(self) -> Iterable[asyncio.Task[Solution]]:
+        return self._solutions.values()
+
+    @property
+    def estimate(self) -> Estimate:
+        """The estimate. Raises RuntimeError before it is decided."""
         kept = self._rule.kept
-        return Estimate(
-            self._step, self._rule.value, self._rule.successes, len(kept), tuple(map(self._rollout_id, kept))
-        )
+        ids = tuple(map(self._rollout_id, kept))
+        return Estimate(self._step, self._rule.value, self._rule.successes, len(kept), ids)
 
     async def rollouts(self) -> list[Rollout]:
-        """Every rollout of this check, those after the deciding one included."""
-        return [
-            self._rollout(sample, await task, sample in self._rule.kept) for sample, task in self._solutions.items()
-        ]
+        """Every rollout of this check, by sample number: also those after the deciding one, which are waited for."""
+        kept = self._rule.kept
+        return [self._rollout(sample, await task, sample in kept) for sample, task in self._solutions.items()]
 
     async def _solve(self, sample: int) -> Solution:
         prefix = self._trajectory.steps[: self._step + 1]

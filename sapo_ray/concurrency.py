@@ -1,11 +1,11 @@
-"""A bounded stream over asynchronous work."""
+"""Asynchronous work that leaves nothing behind: what is begun has ended, and is accounted for, when it is left."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,8 +17,11 @@ async def ordered(
     """The results of `work` over `items`, in the items' order, with at most `limit` items begun and not yet yielded.
 
     The order makes whatever is written from a stream the same in every run; the limit bounds memory and holds back the
-    source. When an item fails or the caller stops, the work in progress is cancelled.
+    source. When an item fails or the caller closes the stream, the work in progress is cancelled. Raises ValueError for
+    a limit below 1.
     """
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1")
     window: deque[asyncio.Future[Result]] = deque()
     try:
         for item in items:
@@ -28,5 +31,21 @@ async def ordered(
         while window:
             yield await window.popleft()
     finally:
-        for future in window:
-            future.cancel()
+        await abandon(window)
+
+
+async def together(work: Iterable[Awaitable[Result]]) -> list[Result]:
+    """The results of all of `work`, run at once. When one fails the others are cancelled, and its error is raised."""
+    futures = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*futures)
+    finally:
+        await abandon(futures)
+
+
+async def abandon(futures: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel what still runs and wait until it has ended. Failures are dropped: the caller has its own to report."""
+    futures = list(futures)
+    for future in futures:
+        future.cancel()
+    await asyncio.gather(*futures, return_exceptions=True)

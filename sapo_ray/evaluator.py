@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from sapo_ray.concurrency import together
 from sapo_ray.data import MASKED, Question, Trajectory
 from sapo_ray.labelers import first_error
+from sapo_ray.labelers.base import candidates
 from sapo_ray.metrics import (
     accuracy_interval,
     auroc,
@@ -38,28 +39,35 @@ class EvaluationConfig:
     """Trajectories of validation questions, right and wrong in equal parts where possible, that measure the
     self-verification error; fixed for the whole run."""
 
+    def __post_init__(self) -> None:
+        for key in ("test", "ood", "samples", "sampled_questions", "verification"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A question, its greedy answer (where asked for) and its sampled solutions."""
+    """A question, its greedy answer and its sampled solutions."""
 
     question: Question
-    greedy: Trajectory | None
+    greedy: Trajectory
     samples: tuple[Trajectory, ...]
 
 
 async def answer(sampler: Sampler, question: Question, stage: str, samples: int) -> Sampled:
     """Answer one question greedily and `samples` times by sampling."""
-    greedy, drawn = await asyncio.gather(
-        sampler.sample(question, f"{stage}/greedy", [0], greedy=True),
-        sampler.sample(question, f"{stage}/sampled", range(samples)),
+    greedy, drawn = await together(
+        [
+            sampler.sample(question, f"{stage}/greedy", [0], greedy=True),
+            sampler.sample(question, f"{stage}/sampled", range(samples)),
+        ]
     )
     return Sampled(question, greedy[0], tuple(drawn))
 
 
 def reasoner_report(answered: Sequence[Sampled]) -> dict[str, Any]:
     """Greedy accuracy with its 95% interval, and over the sampled questions accuracy, pass@k and majority accuracy."""
-    greedy = [a.greedy.correct for a in answered if a.greedy]
+    greedy = [a.greedy.correct for a in answered]
     sampled = [a for a in answered if a.samples]
     k = len(sampled[0].samples) if sampled else None
     hits = [sum(s.correct for s in a.samples) for a in sampled]
@@ -82,17 +90,19 @@ def best_of_n_accuracy(answered: Sequence[Sampled], mean_scores: Mapping[str, fl
 
 
 def split_validation(trajectories: Sequence[Trajectory], most: int) -> tuple[list[Trajectory], list[Trajectory]]:
-    """Two disjoint halves, by question order: one to tune on, and one to measure self-verification with.
+    """Two parts without a question in common, of half the questions each: one to tune on, one to measure
+    self-verification with.
 
-    Trajectories without an answer are in neither. Of the second half at most `most` are taken, right and wrong ones in
-    equal parts as far as there are so many of both.
+    Trajectories without an answer are in neither. Of the second at most `most` are taken, right and wrong ones in equal
+    parts as far as there are so many of both.
     """
     answered = [t for t in trajectories if t.answer is not None]
-    half = len(answered) // 2
-    right = [t for t in answered[half:] if t.correct]
-    wrong = [t for t in answered[half:] if not t.correct]
-    few = min(len(right), len(wrong), most // 2)
-    return answered[:half], right[: max(few, most - len(wrong))] + wrong[: max(few, most - len(right))]
+    questions = list(dict.fromkeys(t.question_id for t in answered))
+    tuning = set(questions[: len(questions) // 2])
+    rest = [t for t in answered if t.question_id not in tuning]
+    right, wrong = [t for t in rest if t.correct], [t for t in rest if not t.correct]
+    taken = right[: max(most // 2, most - len(wrong))] + wrong[: max(most // 2, most - len(right))]
+    return [t for t in answered if t.question_id in tuning], taken
 
 
 def step_report(
@@ -122,8 +132,9 @@ def verifier_report(
 ) -> dict[str, Any]:
     """A verifier's scores against the task's `reachable` oracle; all None where the task has none.
 
-    The hit rate is over wrong trajectories with a first error: how often argmax of the drop is that step, beside a
-    uniform guess's rate. Without a start score (no right first step was seen in training) it is taken as 1.
+    The hit rate is over wrong trajectories with a first error: how often argmax of the drop is that step, beside the
+    rate of a uniform guess among the same candidates. Without a start score (no right first step was seen in training)
+    it is taken as 1.
     """
     scores: list[Sequence[float]] = []
     truth: list[Sequence[int]] = []
@@ -139,7 +150,8 @@ def verifier_report(
         error = first_zero(oracle.reachable)
         if not trajectory.correct and error < len(steps):
             hits.append(float(first_error(steps, start, allow_first_step) == error))
-            guesses.append(1 / len(steps))
+            choices = candidates(len(steps), allow_first_step)
+            guesses.append((error in choices) / len(choices))
     return {
         **step_report(scores, truth, threshold),
         "first_error_hit_rate": fmean(hits) if hits else None,

@@ -1,6 +1,7 @@
 """What a run measures: accuracy, label quality, self-verification error, and the warning signs of a failing run.
 
-Pure functions of plain lists; intervals come from scipy, ranking metrics from scikit-learn.
+Pure functions of plain lists; intervals come from scipy, the ranking metric from scikit-learn. Where there is nothing
+to measure the figure is None, never NaN.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from scipy.stats import binomtest
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from sapo_ray.data import MASKED, LabelledTrajectory, Trajectory
 
@@ -49,7 +50,7 @@ def auroc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
 
 def brier(scores: Sequence[float], labels: Sequence[int]) -> float | None:
     """Mean squared distance of step scores from 0/1 labels; None without steps."""
-    return float(brier_score_loss(labels, scores, pos_label=1)) if labels else None
+    return fmean((score - label) ** 2 for score, label in zip(scores, labels, strict=True)) if labels else None
 
 
 def step_accuracy(scores: Sequence[float], labels: Sequence[int], threshold: float) -> float | None:

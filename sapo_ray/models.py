@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,9 +33,27 @@ class RandomModelConfig:
     tie_embeddings: bool = True
     """Share the input and output embeddings."""
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % (32 * self.heads):
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it must be a multiple of 32 * heads = {32 * self.heads}: "
+                "vLLM's attention takes heads 32, 64, 96 … wide"
+            )
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "layers", "heads", "intermediate_size", "max_length"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size is {self.hidden_size}; it must be a multiple of 2 * heads, {2 * self.heads}")
+
 
 def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:
-    """A Qwen2 tokenizer without merges: one token a character of `alphabet`, after `<pad>` (0) and `<eos>` (1)."""
+    """A Qwen2 tokenizer without merges: one token a character of `alphabet`, after `<pad>` (0) and `<eos>` (1).
+
+    It is a Qwen2 tokenizer because AutoTokenizer chooses the class by the model's type, whatever class was saved. A
+    character that is not in `alphabet` becomes `<pad>`.
+    """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     characters = [byte_level.pre_tokenize_str(character)[0][0] for character in alphabet]
     return Qwen2Tokenizer(
@@ -48,7 +67,10 @@ def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:
 
 
 def save_random_reasoner(config: RandomModelConfig, alphabet: str, seed: int, path: Path) -> None:
-    """Write a Qwen2 causal LM with random fp32 weights, and its character tokenizer, to the directory `path`."""
+    """Write a Qwen2 causal LM with random fp32 weights, and its character tokenizer, to the directory `path`.
+
+    The directory appears when it is complete.
+    """
     tokenizer = character_tokenizer(alphabet, config.max_length)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -67,8 +89,11 @@ def save_random_reasoner(config: RandomModelConfig, alphabet: str, seed: int, pa
                 bos_token_id=None,
             )
         )
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    unfinished = path.with_name(path.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.replace(path)
 
 
 @dataclass(frozen=True, slots=True)

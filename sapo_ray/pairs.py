@@ -24,6 +24,15 @@ class PairsConfig:
     max_unpaired_per_question: int = 4
     """Most right solutions of one question kept without a partner."""
 
+    def __post_init__(self) -> None:
+        if not -1 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}; scores lie in 0 … 1, so it must lie between -1 and 1")
+        if not self.require_outcome and self.eta <= 0:
+            raise ValueError(f"eta is {self.eta}; without require_outcome it must be above 0, or pairs go both ways")
+        for key in ("max_per_question", "max_unpaired_per_question"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 0")
+
 
 def make_pairs(
     trajectories: Iterable[Trajectory], scores: Mapping[str, float] | None, config: PairsConfig
@@ -32,9 +41,8 @@ def make_pairs(
 
     `scores` maps trajectory ids to mean step scores. None pairs by outcome alone and needs `require_outcome`.
     Solutions without steps are left out, and of equal texts of a question all but the first by id. Raises ValueError
-    for an impossible config, and for a trajectory whose score is missing or not a number.
+    where neither scores nor outcomes tell who is better, and for a score that is missing or not a number.
     """
-    check_pairs(config)
     if scores is None and not config.require_outcome:
         raise ValueError("pairs.require_outcome is false, but without a verifier there is nothing else to pair by")
     questions: dict[str, dict[str, Trajectory]] = {}
@@ -49,19 +57,6 @@ def share_unlike(pairs: Sequence[PreferencePair], other: Sequence[PreferencePair
     mine = {(pair.chosen_id, pair.rejected_id) for pair in pairs if pair.rejected_id is not None}
     theirs = {(pair.chosen_id, pair.rejected_id) for pair in other}
     return len(mine - theirs) / len(mine) if mine else None
-
-
-def check_pairs(config: PairsConfig) -> None:
-    """Raises ValueError that names the first key with an impossible value."""
-    if not -1 <= config.eta <= 1:
-        raise ValueError(f"pairs.eta is {config.eta}; scores lie in 0 … 1, so it must lie between -1 and 1")
-    if not config.require_outcome and config.eta <= 0:
-        raise ValueError(
-            f"pairs.eta is {config.eta}; without require_outcome it must be above 0, or pairs go both ways"
-        )
-    for name in ("max_per_question", "max_unpaired_per_question"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"pairs.{name} is {getattr(config, name)}; it must be at least 0")
 
 
 def _of_question(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from sapo_ray.annotator import Annotation
+from sapo_ray.annotator import Annotation, distinct
 from sapo_ray.cost import Cost
 from sapo_ray.data import Trajectory
 from sapo_ray.metrics import label_counts, largest_drop, repetitiveness
@@ -34,18 +34,19 @@ class StreamReport:
     repeats: list[float] = field(default_factory=list)
 
     def add(self, trajectories: Sequence[Trajectory], annotations: Sequence[Annotation]) -> None:
-        """Count one question's trajectories and what became of them."""
+        """Count one question's trajectories and the rows that became of them, repeated ones left out."""
         self.counts["sampled"] += len(trajectories)
         self.counts["correct"] += sum(t.correct for t in trajectories)
         self.counts["truncated"] += sum(t.truncated for t in trajectories)
         self.counts["unanswered_questions"] += not any(t.answer is not None for t in trajectories)
-        self.counts["expanded"] += sum(len(a.labelled) - 1 for a in annotations)
+        rows = distinct(annotations)
+        self.counts["expanded"] += sum(row.parent_id is not None for row in rows)
+        self.steps.update(label_counts(rows))
         if (repeats := repetitiveness(trajectories)) is not None:
             self.repeats.append(repeats)
         for annotation in annotations:
             row = annotation.labelled[0]
             self.cases.update([row.case] if row.case else [])
-            self.steps.update(label_counts(annotation.labelled))
             if row.scores is not None:
                 self.drops.append(largest_drop(row.scores, 1.0 if self.start_score is None else self.start_score))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from sapo_ray.concurrency import together
 from sapo_ray.data import Question, Trajectory, seed_of
 from sapo_ray.encoding import encode
 from sapo_ray.requests import Completion, GenerateRequest, Sampling
@@ -36,8 +36,14 @@ class SamplingConfig:
     """Questions a round samples from, a new part of the pool each round as far as it reaches; 0 takes all of them."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}; it must be at least 1")
+        for key in ("samples", "max_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        for key in ("temperature", "min_unique", "questions"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1")
         if self.max_samples < self.samples:
             raise ValueError(f"max_samples is {self.max_samples}; it must be at least samples = {self.samples}")
         if self.min_unique > self.max_samples:
@@ -95,7 +101,7 @@ class Sampler:
         self, question: Question, stage: str, numbers: Sequence[int], *, greedy: bool = False
     ) -> list[Trajectory]:
         """The samples with these numbers, repeats and empty ones included."""
-        return await asyncio.gather(*(self._one(question, f"{stage}/{question.id}/{k}", greedy) for k in numbers))
+        return await together(self._one(question, f"{stage}/{question.id}/{k}", greedy) for k in numbers)
 
     async def unique(self, question: Question, stage: str) -> list[Trajectory]:
         """At least `samples` samples, and on until `min_unique` different ones are found or `max_samples` drawn.

@@ -31,6 +31,7 @@ from sapo_ray.data import (
     Rollout,
     Trajectory,
 )
+from sapo_ray.errors import SapoError
 
 Kind = Literal["original", "validation", "trajectories", "labels", "rollouts", "pairs"]
 SCHEMAS: dict[Kind, pa.Schema] = {
@@ -63,7 +64,8 @@ class RunDirectory:
     def writer(self, round_number: int, kind: Kind) -> ShardWriter:
         """A writer for one data set of a stage that (re)starts: what an interrupted attempt left there is removed."""
         folder = self.dataset(round_number, kind)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
         return ShardWriter(folder, SCHEMAS[kind])
 
@@ -83,28 +85,32 @@ class RunDirectory:
 
     def done(self, stage: str) -> Mapping[str, Any] | None:
         """What a finished stage noted about itself, or None where it has not finished."""
-        stages: dict[str, Any] = self._manifest()
-        return stages.get(stage)
+        return self.stages().get(stage)
+
+    def stages(self) -> dict[str, Any]:
+        """Every finished stage with its notes."""
+        path = self.path / "manifest.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def finish(self, stage: str, notes: Mapping[str, Any]) -> None:
         """Enter a stage in the manifest."""
-        write_text(self.path / "manifest.json", json.dumps({**self._manifest(), stage: notes}, indent=1))
+        path = self.path / "manifest.json"
+        write_text(path, _json(path, {**self.stages(), stage: notes}, indent=1))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        path = self.path / "metrics.jsonl"
+        line = _json(path, record) + "\n"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_text(self.path / "summary.json", json.dumps(summary, indent=1))
+        path = self.path / "summary.json"
+        write_text(path, _json(path, summary, indent=1))
 
     def summary(self) -> dict[str, Any]:
         """Raises FileNotFoundError where no round has ended yet."""
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-
-    def _manifest(self) -> dict[str, Any]:
-        path = self.path / "manifest.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 class ShardWriter:
@@ -137,9 +143,18 @@ class ShardWriter:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, or of the shards in a directory in their order."""
-    for file in sorted(path.glob("*.parquet")) if path.suffix != ".parquet" else [path]:
-        for batch in pq.ParquetFile(file).iter_batches():
+    """The rows of a Parquet file, or of the shards in a directory in their order; a directory that is absent has none.
+
+    Raises SapoError for a file that is absent (a name in `.parquet` is a file's) or cannot be read.
+    """
+    is_file = path.is_file() or (path.suffix == ".parquet" and not path.is_dir())
+    for file in [path] if is_file else sorted(path.glob("*.parquet")):
+        try:
+            shard = pq.ParquetFile(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).partition("\n")[0] if file.exists() else "no such file"
+            raise SapoError(f"{file} cannot be read: {reason}") from error
+        for batch in shard.iter_batches():
             yield from batch.to_pylist()
 
 
@@ -148,6 +163,14 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _json(path: Path, value: Mapping[str, Any], indent: int | None = None) -> str:
+    """Text for the file `path`. Raises SapoError for a NaN or an infinity: JSON has no word for them."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise SapoError(f"{path}: a figure is not a number: {error}") from error
 
 
 def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
@@ -201,6 +224,12 @@ def labelled_of(row: Mapping[str, Any]) -> LabelledTrajectory:
         branch_step=row["branch_step"],
         rollout_id=row["rollout_id"],
     )
+
+
+def rollout_of(row: Mapping[str, Any]) -> Rollout:
+    """The rollout of a row of `rollouts`."""
+    values = {**row, "steps": tuple(row["steps"])}
+    return Rollout(id=values.pop("rollout_id"), **values)
 
 
 def _tuple_or_none(values: Sequence[float] | None) -> tuple[float, ...] | None:

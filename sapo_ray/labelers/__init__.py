@@ -9,7 +9,6 @@ from sapo_ray.labelers.base import (
     Labeler,
     LabelingConfig,
     Labels,
-    check_labeling,
     drive,
     fixed_start_score,
     is_labelled,
@@ -19,14 +18,13 @@ from sapo_ray.labelers.expand import expand
 from sapo_ray.labelers.omega import omega
 from sapo_ray.labelers.outcome import outcome
 from sapo_ray.labelers.random_step import random_step
-from sapo_ray.labelers.saps import first_error, saps, start_score
+from sapo_ray.labelers.saps import first_error, saps, start_score, verify
 from sapo_ray.labelers.shepherd import shepherd
 
 __all__ = [
     "Labeler",
     "LabelingConfig",
     "Labels",
-    "check_labeling",
     "drive",
     "expand",
     "first_error",
@@ -40,6 +38,7 @@ __all__ = [
     "saps",
     "shepherd",
     "start_score",
+    "verify",
 ]
 
 MakeLabeler = Callable[[Trajectory, Sequence[float] | None], Labeler]
@@ -50,9 +49,8 @@ def make_labeler(config: LabelingConfig, start_score: float | None, seed: int) -
     """The labeler that the config names, ready to be given trajectories.
 
     `start_score` is the verifier's own (None without a verifier); a number in the config goes before it. Raises
-    ValueError for an impossible config; what it returns does for a trajectory that is right or has no steps.
+    ValueError where saps has neither; what it returns does for a trajectory that is right or has no steps.
     """
-    check_labeling(config)
     fixed, allow_first_step = fixed_start_score(config), config.allow_first_step
     start = start_score if fixed is None else fixed
     if config.labeler == "saps" and start is None:

@@ -48,6 +48,20 @@ class LabelingConfig:
     right_fraction: float = 1.0
     """Share of the sampled right trajectories that are labelled."""
 
+    def __post_init__(self) -> None:
+        for key in ("rollouts", "rollouts_in_flight"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        for key in ("fraction", "right_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must lie between 0 and 1")
+        fixed_start_score(self)
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether the labeler goes by a verifier's scores."""
+        return self.labeler == "saps"
+
 
 @dataclass(frozen=True, slots=True)
 class Labels:
@@ -132,16 +146,5 @@ def fixed_start_score(config: LabelingConfig) -> float | None:
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
-        raise ValueError(f"labeling.start_score is {config.start_score!r}; it must be `auto` or a number from 0 to 1")
+        raise ValueError(f"start_score is {config.start_score!r}; it must be `auto` or a number from 0 to 1")
     return score
-
-
-def check_labeling(config: LabelingConfig) -> None:
-    """Raises ValueError that names the first key with an impossible value."""
-    for name in ("rollouts", "rollouts_in_flight"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"labeling.{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("fraction", "right_fraction"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"labeling.{name} is {getattr(config, name)}; it must lie between 0 and 1")
-    fixed_start_score(config)

@@ -16,8 +16,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 class OracleLabels:
     """True labels of every step of a solution, 1 or 0 each.
 
-    `strict`: the step itself is right. `reachable`: a perfect reasoner that goes on from here, taking what is written
-    as true, still reaches the gold answer.
+    `strict`: the step itself is right, given what is written before it. `reachable`: a perfect reasoner that goes on
+    from here, taking what is written as true, still reaches the gold answer. A right step after an error is `strict`
+    and not `reachable`; an error that a later step makes good, or that does not touch the answer, the other way round.
+    Prefix labels c_j estimate `reachable`.
     """
 
     strict: tuple[int, ...]

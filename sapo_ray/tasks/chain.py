@@ -10,6 +10,14 @@ from a constant or a *leaf* (a name whose value the question gives), which the s
     c=4;a=7;f=a+c;b=f*3;?b         f=a+c=7+4=1 / b=f*3=1*3=3
 
 Both are the same thing underneath: a list of statements over named values. The answer is the last value written.
+
+As made by default, no wrong value is ever forgiven: every step maps different values to different ones. Two options
+change that, so that a `strict` error need not cost the answer and `reachable` stays 1 after it:
+
+    repair      7+3=5-2        7+3=9 (wrong) / =5 / 5-2=3      a later statement sets the value anew
+    masking     7+3*5-2        7+3=8 (wrong) / 8*5=0 / 0-2=8   ×5 modulo 10 takes all even values to 0
+
+`unused` adds assignments to a `variables` question that its answer does not depend on and that a solution skips.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ from functools import cached_property
 from typing import Literal
 
 from sapo_ray.data import Question
+from sapo_ray.errors import SapoError
 from sapo_ray.tasks.base import OracleLabels, Split
 
 VOCABULARY = string.digits + string.ascii_lowercase + "+-*=;?\n"
@@ -31,6 +40,10 @@ VOCABULARY = string.digits + string.ascii_lowercase + "+-*=;?\n"
 
 _ACCUMULATOR = "acc"
 _LEAVES = 4
+_MISSES = 2000
+"""Problems drawn in a row that all exist already, after which there are taken to be no more."""
+_ACCUMULATOR_TEXT = r"[0-9]+([-+*=][0-9]+)+"
+_VARIABLES_TEXT = r"([a-z]=[0-9]+;)+([a-z]=([a-z][-+*])?([a-z]|[0-9]+);)+\?[a-z]"
 _Operand = str | int
 
 
@@ -41,7 +54,8 @@ class ChainConfig:
     modulus: int = 10
     """Every result is taken modulo this."""
     max_operand: int = 9
-    """Constants in statements are drawn from 1 … this (below the modulus)."""
+    """Constants of statements are drawn from 1 … this, which lies below the modulus. Without `masking` those that are
+    multiplied by have no divisor in common with it."""
     min_steps: int = 6
     """Fewest steps of a problem."""
     max_steps: int = 8
@@ -53,9 +67,10 @@ class ChainConfig:
     unused: int = 0
     """Assignments a `variables` question makes that its answer does not need; the solution skips them."""
     repair: bool = False
-    """Let a later statement set the value anew, so that an error before it does not matter."""
+    """Let a later statement set the value anew, so that an error before it does not matter. The first and the last
+    statement never do."""
     masking: bool = False
-    """Let a step lose information (× 0, × a divisor of the modulus), so that two values may collide."""
+    """Let a step lose information (× 0, × a number that shares a divisor with the modulus): two values may collide."""
     worked: int = 1500
     """Problems whose worked solutions supervised fine-tuning sees."""
     pool: int = 6000
@@ -73,7 +88,7 @@ class ChainConfig:
         if self.modulus < 2:
             raise ValueError(f"modulus is {self.modulus}; it must be at least 2")
         if not 1 <= self.max_operand < self.modulus:
-            raise ValueError(f"max_operand is {self.max_operand}; it must lie between 1 and {self.modulus - 1}")
+            raise ValueError(f"max_operand is {self.max_operand}; it must lie between 1 and modulus - 1")
         if not 1 <= self.min_steps <= self.max_steps:
             raise ValueError(f"min_steps is {self.min_steps}; it must lie between 1 and max_steps = {self.max_steps}")
         if not self.max_steps < self.ood_min_steps <= self.ood_max_steps:
@@ -81,9 +96,17 @@ class ChainConfig:
                 f"ood_min_steps is {self.ood_min_steps}; it must lie above max_steps = {self.max_steps} and at most "
                 f"at ood_max_steps = {self.ood_max_steps}"
             )
-        names = _LEAVES + self.ood_max_steps + self.unused
-        if self.level == "variables" and names > len(string.ascii_lowercase):
-            raise ValueError(f"ood_max_steps + unused + {_LEAVES} leaves is {names}; `variables` has only 26 names")
+        for key in ("unused", "worked", "pool", "validation", "test", "ood"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        if self.unused and self.level != "variables":
+            raise ValueError(f"unused is {self.unused}; only problems of the level `variables` have assignments")
+        most = len(string.ascii_lowercase) - _LEAVES
+        if self.level == "variables" and self.ood_max_steps + self.unused > most:
+            raise ValueError(
+                f"ood_max_steps is {self.ood_max_steps} and unused {self.unused}; together they must be at most "
+                f"{most}, for lack of names"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +126,16 @@ class Program:
     values: dict[str, int]
     statements: tuple[Statement, ...]
 
-    def run(self, modulus: int, values: dict[str, int], start: int = 0) -> int:
-        """The last value that the statements from `start` on compute, beginning with `values`."""
+    def run(self, modulus: int, values: dict[str, int], start: int, end: int) -> dict[str, int]:
+        """All values after the statements `start` … `end` - 1, beginning with `values`, which is left as it is."""
         values = dict(values)
-        result = values[self.statements[start - 1].target] if start else 0
-        for s in self.statements[start:]:
-            result = values[s.target] = apply(s.op, _value(s.left, values), _value(s.right, values), modulus)
-        return result
+        for s in self.statements[start:end]:
+            values[s.target] = apply(s.op, _value(s.left, values), _value(s.right, values), modulus)
+        return values
+
+    def find(self, target: str, start: int) -> int | None:
+        """The first statement from `start` on that computes `target`; None where there is none."""
+        return next((i for i in range(start, len(self.statements)) if self.statements[i].target == target), None)
 
 
 def apply(op: str, left: int, right: int, modulus: int) -> int:
@@ -138,45 +164,68 @@ class Chain:
         return tuple(text.splitlines(keepends=True))
 
     def answer(self, steps: Sequence[str]) -> str | None:
-        found = re.search(r"=(\d+)\n?$", steps[-1]) if steps else None
-        return str(int(found[1])) if found else None
+        found = re.fullmatch(r".*=0*([0-9]+)\n?", steps[-1]) if steps else None
+        return found[1] if found else None
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
         return answer == gold
 
     def oracle(self, question: Question, steps: Sequence[str]) -> OracleLabels:
-        """True labels of every step.
+        """True labels of every step of a solution, right or wrong.
 
-        A line that is no step at all, or one too many, is wrong by both labels and leaves all values as they were. A
-        line that states a value is taken at its word by `reachable`, whatever it computes it from.
+        `strict`: the line is, letter by letter, what a worked solution would have here, given the values that the
+        lines before it state. `reachable`: whoever works out the rest without a mistake, from the values stated so
+        far, ends with the gold answer. So a wrong line that states the right value is wrong by the first label only,
+        and a right line that builds on a wrong value by the second only. `reachable` rises again where two errors
+        cancel. That a solution stops too early is no line's fault.
+
+        A line that states no value, or sets a name anew whose statements are all done, is not `strict`; the second
+        changes that value. A statement left out is taken as done in the head. After the last statement the answer is
+        what the last line says.
         """
         program = self.parse(question.text)
-        values, done = dict(program.values), 0
+        values, done = program.values, 0
         strict, reachable = [], []
-        for step in steps:
-            stated = re.search(r"=(\d+)\n?$", step)
-            if stated is None or done == len(program.statements):
-                strict.append(0)
-                reachable.append(0)
-                continue
-            statement = program.statements[done]
-            strict.append(int(step.rstrip("\n") == self._line(statement, values)))
-            values[statement.target] = int(stated[1]) % self.config.modulus
-            done += 1
-            reachable.append(int(str(program.run(self.config.modulus, values, done)) == question.answer))
+        for number, step in enumerate(steps):
+            strict.append(0)
+            if stated := self._read(step):
+                target, value = stated
+                if (found := program.find(target, done)) is not None:
+                    values = program.run(self.config.modulus, values, done, found)
+                    strict[-1] = int(step.removesuffix("\n") == self._line(program.statements[found], values))
+                    done = found + 1
+                values = {**values, target: value}
+            finished = done == len(program.statements)
+            answer = self.answer(steps[: number + 1]) if finished else self._finish(program, values, done)
+            reachable.append(int(self.is_correct(answer, question.answer)))
         return OracleLabels(tuple(strict), tuple(reachable))
 
     def parse(self, text: str) -> Program:
-        """The program a question's text stands for."""
+        """The program a question's text stands for. Raises ValueError for a text that is no problem of this level."""
+        pattern = _VARIABLES_TEXT if self.config.level == "variables" else _ACCUMULATOR_TEXT
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} is no chain problem of the level {self.config.level}")
         return _parse_variables(text) if self.config.level == "variables" else _parse_accumulator(text)
 
     def solve(self, program: Program) -> tuple[str, ...]:
         """The worked solution: one line a statement, each ended by a newline."""
-        values, lines = dict(program.values), []
-        for s in program.statements:
-            lines.append(self._line(s, values) + "\n")
-            values[s.target] = apply(s.op, _value(s.left, values), _value(s.right, values), self.config.modulus)
+        values, lines = program.values, []
+        for i, statement in enumerate(program.statements):
+            lines.append(self._line(statement, values) + "\n")
+            values = program.run(self.config.modulus, values, i, i + 1)
         return tuple(lines)
+
+    def _finish(self, program: Program, values: dict[str, int], done: int) -> str:
+        values = program.run(self.config.modulus, values, done, len(program.statements))
+        return str(values[program.statements[-1].target])
+
+    def _read(self, line: str) -> tuple[str, int] | None:
+        """The name that a line sets and the value it states; None for a line that states none."""
+        if self.config.level == "variables":
+            found = re.fullmatch(r"([a-z])=(?:.*=)?([0-9]+)\n?", line)
+            return (found[1], int(found[2])) if found else None
+        found = re.fullmatch(r".*=([0-9]+)\n?", line)
+        return (_ACCUMULATOR, int(found[1])) if found else None
 
     def _line(self, s: Statement, values: dict[str, int]) -> str:
         left, right = _value(s.left, values), _value(s.right, values)
@@ -197,31 +246,33 @@ class Chain:
             "pool": (c.pool, short),
             "ood": (c.ood, long),
         }
-        rng, seen = random.Random(c.seed), set[str]()
-        return {split: self._unseen(split, n, steps, rng, seen) for split, (n, steps) in sizes.items()}
+        seen: set[str] = set()
+        return {split: self._unseen(split, count, steps, seen) for split, (count, steps) in sizes.items()}
 
-    def _unseen(
-        self, split: Split, count: int, steps: tuple[int, int], rng: random.Random, seen: set[str]
-    ) -> list[Question]:
-        """`count` new questions. Raises ValueError where the config does not hold so many different ones."""
-        made: list[Question] = []
-        misses = 0
+    def _unseen(self, split: Split, count: int, steps: tuple[int, int], seen: set[str]) -> list[Question]:
+        """`count` questions that are not `seen`, and now are. Raises SapoError where not so many are found.
+
+        A split's draws are its own: the first questions stay the same when it, or a split after it, grows.
+        """
+        rng, made, misses = random.Random(f"{self.config.seed}/{split}"), list[Question](), 0
         while len(made) < count:
             text = self._draw(rng, rng.randint(*steps))
-            if text in seen:
-                misses += 1
-                if misses > 100 * count:
-                    raise ValueError(
-                        f"task.{split} is {count}, but only {len(made)} more different problems are found; "
-                        "ask for fewer, or raise task.max_steps or task.modulus"
-                    )
-                continue
-            seen.add(text)
-            solution = self.solve(self.parse(text))
-            answer = self.answer(solution)
-            assert answer is not None
-            made.append(Question(f"{split}-{len(made)}", text, answer, solution if split == "worked" else None))
+            misses = misses + 1 if text in seen else 0
+            if misses > _MISSES:
+                raise SapoError(
+                    f"task.{split} is {count}, but only {len(made)} problems more than the other splits' are found; "
+                    "ask for fewer, or raise task.max_steps, task.ood_max_steps or task.modulus"
+                )
+            if not misses:
+                seen.add(text)
+                made.append(self._question(f"{split}-{len(made)}", text, worked=split == "worked"))
         return made
+
+    def _question(self, name: str, text: str, *, worked: bool) -> Question:
+        solution = self.solve(self.parse(text))
+        answer = self.answer(solution)
+        assert answer is not None
+        return Question(name, text, answer, solution if worked else None)
 
     def _draw(self, rng: random.Random, steps: int) -> str:
         draw = self._draw_variables if self.config.level == "variables" else self._draw_accumulator
@@ -229,11 +280,11 @@ class Chain:
 
     def _draw_accumulator(self, rng: random.Random, steps: int) -> str:
         start = rng.randrange(self.config.modulus)
-        return str(start) + "".join(self._operation(rng, first=i == 0) for i in range(steps))
+        return str(start) + "".join(self._operation(rng, inner=0 < i < steps - 1) for i in range(steps))
 
-    def _operation(self, rng: random.Random, *, first: bool) -> str:
+    def _operation(self, rng: random.Random, *, inner: bool) -> str:
         """An operator and a constant. Without `masking`, multipliers are units of the ring: no two values collide."""
-        op = rng.choice("+-*=" if self.config.repair and not first else "+-*")
+        op = rng.choice("+-*=" if self.config.repair and inner else "+-*")
         constants = list(range(1, self.config.max_operand + 1))
         if op == "*" and self.config.masking:
             constants = [0, *constants]
@@ -248,7 +299,7 @@ class Chain:
         given = [f"{name}={rng.randrange(c.modulus)}" for name in leaves]
         last, statements = leaves[0], []
         for i, target in enumerate(targets):
-            operation = self._operation(rng, first=i == 0)
+            operation = self._operation(rng, inner=0 < i < steps - 1)
             if operation[0] == "=":
                 statements.append(f"{last}{operation}")
                 continue
@@ -264,27 +315,25 @@ class Chain:
 
 
 def _parse_accumulator(text: str) -> Program:
-    start, operations = re.fullmatch(r"(\d+)((?:[-+*=]\d+)+)", text).groups()  # type: ignore[union-attr]
-    statements = tuple(
-        Statement(_ACCUMULATOR, _ACCUMULATOR, op, int(k)) for op, k in re.findall(r"([-+*=])(\d+)", operations)
-    )
+    start, *operations = re.findall(r"[-+*=]?[0-9]+", text)
+    statements = tuple(Statement(_ACCUMULATOR, _ACCUMULATOR, o[0], int(o[1:])) for o in operations)
     return Program({_ACCUMULATOR: int(start)}, statements)
 
 
 def _parse_variables(text: str) -> Program:
-    """Statements that the queried name does not depend on are left out: a solution skips them."""
+    """The first assignments of constants are given; from the first operation on, an assignment is a statement."""
     *assignments, query = text.split(";")
     values: dict[str, int] = {}
     statements: list[Statement] = []
     for assignment in assignments:
-        target, expression = assignment.split("=", 1)
-        binary = re.fullmatch(r"(\w+)([-+*])(\w+)", expression)
-        if binary:
-            statements.append(Statement(target, _operand(binary[1]), binary[2], _operand(binary[3])))
+        target, expression = assignment.split("=")
+        left, op, right = re.fullmatch(r"(?:(\w+)([-+*]))?(\w+)", expression).groups()  # type: ignore[union-attr]
+        if op:
+            statements.append(Statement(target, _operand(left), op, _operand(right)))
         elif statements:
-            statements.append(Statement(target, _operand(expression), "=", _operand(expression)))
+            statements.append(Statement(target, _operand(right), "=", _operand(right)))
         else:
-            values[target] = int(expression)
+            values[target] = int(right)
     return Program(values, _needed(statements, query[1:]))
 
 
@@ -294,15 +343,9 @@ def _operand(text: str) -> _Operand:
 
 def _needed(statements: list[Statement], query: str) -> tuple[Statement, ...]:
     """The statements that a solution writes: those the queried name depends on, overwritten ones included."""
-    last = max(i for i, s in enumerate(statements) if s.target == query)
-    chain = _dependencies(statements, last)
-    return tuple(s for i, s in enumerate(statements) if i in chain)
-
-
-def _dependencies(statements: list[Statement], index: int) -> set[int]:
-    wanted, needed = {statements[index].target}, set()
-    for i in range(index, -1, -1):
-        if statements[i].target in wanted:
-            needed.add(i)
-            wanted |= {o for o in (statements[i].left, statements[i].right) if isinstance(o, str)}
-    return needed
+    wanted, needed = {query}, list[Statement]()
+    for statement in reversed(statements):
+        if statement.target in wanted:
+            needed.append(statement)
+            wanted |= {operand for operand in (statement.left, statement.right) if isinstance(operand, str)}
+    return tuple(reversed(needed))

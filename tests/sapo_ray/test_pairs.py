@@ -95,14 +95,14 @@ def test_a_score_that_is_missing_or_no_number_names_the_trajectory(scores: dict[
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"eta": math.nan}, "pairs.eta is nan"),
-        ({"eta": 0.0, "require_outcome": False}, "pairs.eta is 0.0; without require_outcome"),
-        ({"max_per_question": -1}, "pairs.max_per_question is -1"),
+        ({"eta": math.nan}, "^eta is nan"),
+        ({"eta": 0.0, "require_outcome": False}, "^eta is 0.0; without require_outcome"),
+        ({"max_per_question": -1}, "^max_per_question is -1"),
     ],
 )
 def test_impossible_configs_are_named(keys: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_pairs([], {}, config(**keys))
+        config(**keys)
 
 
 def test_without_outcome_and_scores_there_is_nothing_to_pair_by() -> None:

@@ -16,7 +16,6 @@ from sapo_ray.labelers import (
     Labeler,
     LabelingConfig,
     Labels,
-    check_labeling,
     drive,
     first_error,
     fixed_start_score,
@@ -25,6 +24,7 @@ from sapo_ray.labelers import (
     make_labeler,
     start_score,
 )
+from sapo_ray.labelers.base import LabelerName
 
 
 def wrong(steps: int, *, answered: bool = True, name: str = "q/0") -> Trajectory:
@@ -341,8 +341,8 @@ def test_a_fixed_start_score_goes_before_the_verifiers() -> None:
     ],
 )
 def test_impossible_values_are_named(key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"labeling.{key} is {value!r}"):
-        check_labeling(LabelingConfig(**{key: value}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^{key} is {value!r}"):
+        LabelingConfig(**{key: value})  # type: ignore[arg-type]
 
 
 def test_which_trajectories_are_labelled() -> None:
@@ -357,3 +357,8 @@ def test_which_trajectories_are_labelled() -> None:
     assert 0.2 < sum(drawn) / len(drawn) < 0.3
     assert not is_labelled(replace(wrong(2), correct=True), some, 0)
     assert is_labelled(replace(wrong(2), correct=True), LabelingConfig(fraction=0.0), 0)
+
+
+def test_only_saps_goes_by_scores() -> None:
+    names: list[LabelerName] = ["saps", "shepherd", "omega", "random", "outcome"]
+    assert [name for name in names if LabelingConfig(labeler=name).uses_scores] == ["saps"]

@@ -1,0 +1,152 @@
+"""Rollout workers: Ray actors that each keep one vLLM engine up for the whole run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.child_log import ChildLog
+from actors.pool import Pool
+from actors.vllm_extension import WeightReload
+from sapo_ray.errors import SapoError
+from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, cpu_threads
+
+
+class RolloutWorker:
+    """One vLLM engine. `ready` starts it; an engine that cannot start says why in one line."""
+
+    def __init__(self, config: EngineConfig, model: str) -> None:
+        self._config = config
+        self._model = model
+        self._engine: Any = None
+
+    async def ready(self) -> None:
+        """Start the engine. Raises SapoError with the engine's own cause where it cannot start."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if self._engine is not None:
+            return
+        log = ChildLog()
+        try:
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._config, self._model)))
+        except Exception as error:
+            raise SapoError(f"vLLM engine for {self._model} did not start: {log.cause(error)}") from None
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion | Exception]:
+        """The completions of `requests`, in order; in place of a request that the engine refuses, the reason."""
+        log = ChildLog()
+        results = await asyncio.gather(*map(self._complete, requests), return_exceptions=True)
+        if self._engine.errored:
+            raise RuntimeError(f"vLLM engine for {self._model} died: {log.cause(self._engine.dead_error)}")
+        return [
+            ValueError(f"request {request.id}: {result}") if isinstance(result, BaseException) else result
+            for request, result in zip(requests, results, strict=True)
+        ]
+
+    async def load(self, checkpoint: str) -> None:
+        """Put the weights of `checkpoint` in place and forget cached prefixes. Call it while nothing is generated."""
+        if not Path(checkpoint, "config.json").is_file():
+            raise SapoError(f"no checkpoint to load at {checkpoint}: config.json is missing")
+        await self._engine.collective_rpc("load_checkpoint", args=(checkpoint,))
+        self._model = checkpoint
+        await self.reset_prefix_cache()
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix. Raises RuntimeError while requests are running, which vLLM would let keep theirs."""
+        if not await self._engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache cannot be reset while requests are running")
+
+    async def close(self) -> None:
+        """Stop the engine and its process."""
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    async def _complete(self, request: GenerateRequest) -> Completion:
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        async for output in self._engine.generate(prompt, _sampling_params(request.sampling, request.seed), request.id):
+            final = output
+        completion = final.outputs[0]
+        return Completion(
+            id=request.id,
+            text=completion.text,
+            token_ids=tuple(completion.token_ids),
+            finished=completion.finish_reason == "stop",
+            prompt_tokens=len(request.prompt_ids),
+            cached_tokens=final.num_cached_tokens or 0,
+        )
+
+
+def reasoner_pool(config: EngineConfig, model: str) -> Pool[GenerateRequest, Completion]:
+    """A pool of rollout workers that start from the checkpoint `model`."""
+    actor = ray.remote(
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker,
+        runtime_env={"env_vars": environment(config)},
+    )(RolloutWorker)
+    return Pool(
+        "rollout",
+        lambda: actor.remote(config, model),
+        "generate",
+        workers=config.workers,
+        batch_size=config.batch_size,
+        in_flight=config.in_flight,
+    )
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop),
+        ignore_eos=sampling.ignore_eos,
+        seed=seed,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def engine_args(config: EngineConfig, model: str) -> dict[str, Any]:
+    """Keyword arguments of vLLM's AsyncEngineArgs (and LLM), `config.extra` last."""
+    args: dict[str, Any] = {
+        "model": model,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30) or None,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "block_size": config.block_size,
+        "enable_prefix_caching": config.prefix_caching,
+        "enforce_eager": config.enforce_eager,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "worker_extension_cls": f"{WeightReload.__module__}.{WeightReload.__qualname__}",
+    }
+    if not config.gpus_per_worker:
+        # A seeded request whose prompt is cut into chunks rewinds its generator, which a CPU generator cannot do: it
+        # would kill the engine.
+        args["enable_chunked_prefill"] = False
+    return {**args, **config.extra}
+
+
+def environment(config: EngineConfig) -> dict[str, str]:
+    """Environment variables of a worker's process."""
+    variables = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    if config.gpus_per_worker:
+        return variables
+    if config.tensor_parallel_size == 1:
+        # The model runs within the engine's process: a worker process of its own would poll for work, even when idle.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return variables | {
+        "OMP_NUM_THREADS": str(cpu_threads(config)),
+        # Threads that wait actively stall each other as soon as they outnumber the free cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }

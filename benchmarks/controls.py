@@ -1,0 +1,105 @@
+"""Does SAPO beat what the same data and tokens give without it? Two controls on three seeds of configs/chain.yaml.
+
+`sft`: supervised fine-tuning alone, for as many more tokens as SAPO trained on and generated. `rft`: the same pool, samples and
+rounds, but right samples only: no verifier, no labels, no rejected solutions (rejection-sampling fine-tuning, arXiv
+2308.01825, once a round). The difference is taken question by question on the test split.
+
+    python benchmarks/controls.py [--config configs/chain.yaml] [--seeds 0,1,2] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import bootstrap
+
+from actors.run import Run
+from actors.sapo import sapo
+from launch.progress import ConsoleReporter
+from launch.session import ray_session
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config, to_yaml
+from sapo_ray.store import RunDirectory, write_text
+
+RFT = ("verify=false", "pairs.max_per_question=0")
+
+
+@click.command()
+@click.option("--config", type=click.Path(dir_okay=False), default="configs/chain.yaml", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
+@click.argument("overrides", nargs=-1)
+def main(config: str, seeds: str, as_json: bool, overrides: Sequence[str]) -> None:
+    results = [_seed(config, int(seed), overrides) for seed in seeds.split(",")]
+    pooled = {name: _difference([r[name]["correct"] for r in results], [r["sapo"]["correct"] for r in results]) for name in ("sft", "rft")}
+    _print(results, pooled)
+    if as_json:
+        rows = [{name: arm["accuracy"] for name, arm in r.items()} for r in results]
+        click.echo(json.dumps({"seeds": rows, "sapo_minus": pooled}))
+
+
+def _seed(config: str, seed: int, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The three arms of one seed, each as its last round's test accuracy and answers."""
+    full = _run(config, f"chain-{seed}", [*overrides, f"seed={seed}"])
+    first, spent = full["round-0/sft"], _tokens(full)
+    settings = load_config(RunConfig, config, overrides)
+    epochs = round(settings.sft.epochs * (1 + spent / first["cost"]["trained_tokens"]))
+    more_sft = [*overrides, f"seed={seed}", "rounds=0", "verify=false", "sampling.questions=1", f"sft.epochs={epochs}"]
+    return {
+        "start": _arm(full, 0),
+        "sapo": _arm(full, settings.rounds),
+        "sft": _arm(_run(config, f"control-sft-{seed}", more_sft), 0),
+        "rft": _arm(_run(config, f"control-rft-{seed}", [*overrides, f"seed={seed}", *RFT]), settings.rounds),
+    }
+
+
+def _run(config: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run to the end, or go on with what is there; the notes of every stage."""
+    settings = load_config(RunConfig, config, overrides)
+    store = RunDirectory(Path("runs") / name)
+    with ray_session(settings), ConsoleReporter() as reporter:
+        store.create()
+        write_text(store.path / "config.yaml", to_yaml(settings))
+        with Run(settings, store, reporter) as run:
+            sapo(run)
+    return dict(store.stages())
+
+
+def _tokens(stages: dict[str, Any]) -> int:
+    """Tokens that SAPO trained on and generated after SFT, evaluation left out."""
+    counted = [s["cost"] for name, s in stages.items() if "cost" in s and not name.endswith(("/sft", "/evaluate"))]
+    return sum(cost["trained_tokens"] + cost["generated_tokens"] for cost in counted)
+
+
+def _arm(stages: dict[str, Any], round_number: int) -> dict[str, Any]:
+    notes = stages[f"round-{round_number}/evaluate"]
+    return {"accuracy": notes["test"]["greedy_accuracy"], "correct": notes["correct"]}
+
+
+def _difference(control: list[list[bool]], full: list[list[bool]]) -> dict[str, Any]:
+    """Mean difference in accuracy, paired over the questions of all seeds, with its 95% bootstrap interval."""
+    paired = np.concatenate(full).astype(float) - np.concatenate(control).astype(float)
+    interval = bootstrap((paired,), np.mean, rng=0).confidence_interval
+    return {"difference": float(paired.mean()), "ci95": [float(interval.low), float(interval.high)]}
+
+
+def _print(results: list[dict[str, dict[str, Any]]], pooled: dict[str, dict[str, Any]]) -> None:
+    table = Table("seed", "SFT", "SAPO", "SFT, as many tokens", "right samples only")
+    for seed, arms in enumerate(results):
+        table.add_row(str(seed), *(f"{100 * arms[name]['accuracy']:.1f}" for name in ("start", "sapo", "sft", "rft")))
+    console = Console()
+    console.print(table)
+    for name, difference in pooled.items():
+        low, high = (100 * bound for bound in difference["ci95"])
+        console.print(f"SAPO - {name}: {100 * difference['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]")
+
+
+if __name__ == "__main__":
+    main()

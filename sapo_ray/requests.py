@@ -1,0 +1,111 @@
+"""What is asked of a reasoner, what comes back, and how the pools of workers that answer are configured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. Temperature 0 is greedy; a completion ends before the first of the `stop` strings."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One completion of one prefix. The same request gives the same completion, so a retry asks for the same thing."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    seed: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """`text` holds neither the end-of-sequence token nor the stop string; `token_ids` holds all that was generated.
+
+    `finished` is False where the token limit cut it off. `cached_tokens` of the `prompt_tokens` came out of the prefix
+    cache.
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    workers: int = 1
+    """Rollout workers, one vLLM engine each."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for a worker."""
+    gpus_per_worker: float = 0.0
+    """GPUs that Ray reserves for a worker; 0 runs the engine on the CPU."""
+    threads: int = 0
+    """CPU threads of an engine; 0 takes `cpus_per_worker`, rounded down, and at least one."""
+    tensor_parallel_size: int = 1
+    """GPUs that one engine spreads its weights over."""
+    dtype: str = "float32"
+    """Type of weights and activations, as vLLM names it."""
+    max_model_len: int = 512
+    """Longest prompt and completion together, in tokens."""
+    max_num_seqs: int = 64
+    """Sequences an engine decodes at once."""
+    max_num_batched_tokens: int = 8192
+    """Tokens an engine works on in one step; on a CPU at least `max_model_len`, since prompts are not cut there."""
+    kv_cache_gib: float = 1.0
+    """Key-value cache of an engine in GiB; 0 lets vLLM take the share `gpu_memory_utilization` of the device."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device's memory an engine may use, where `kv_cache_gib` is 0."""
+    block_size: int = 32
+    """Tokens in a block of the key-value cache: prefixes are shared in whole blocks."""
+    prefix_caching: bool = True
+    """Keep the keys and values of prefixes, so that completions of one prefix compute it once."""
+    enforce_eager: bool = True
+    """Do without compilation, which costs start-up time and pays off on GPUs."""
+    batch_size: int = 16
+    """Most requests in one call of a worker."""
+    in_flight: int = 8
+    """Calls a worker has at once; `batch_size * in_flight` well above `max_num_seqs` keeps the engine full."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's AsyncEngineArgs; they win over the keys above."""
+
+
+@dataclass(kw_only=True)
+class VerifierConfig:
+    workers: int = 1
+    """Verifier workers, one model each."""
+    cpus_per_worker: float = 0.5
+    """CPUs that Ray reserves for a worker."""
+    gpus_per_worker: float = 0.0
+    """GPUs that Ray reserves for a worker; 0 scores on the CPU."""
+    threads: int = 0
+    """CPU threads of a worker; 0 takes `cpus_per_worker`, rounded down, and at least one."""
+    dtype: str = "float32"
+    """Type of weights and activations, as torch names it; scores are always fp32."""
+    batch_tokens: int = 4096
+    """Most tokens in a forward pass, padding included; a longer trajectory gets a pass of its own."""
+    batch_size: int = 32
+    """Most trajectories in one call of a worker."""
+    in_flight: int = 2
+    """Calls a worker has at once: one that it works on, the others waiting."""
+
+
+def cpu_threads(config: EngineConfig | VerifierConfig) -> int:
+    """The CPU threads a worker runs."""
+    return config.threads or max(1, int(config.cpus_per_worker))

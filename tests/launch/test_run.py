@@ -1,0 +1,109 @@
+"""One full round as a user starts it, on a two-CPU Ray, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from sapo_ray.audit import audit
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config
+from sapo_ray.store import RunDirectory, labelled_of, rollout_of
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+LABEL_COLUMNS = {
+    *("trajectory_id", "question_id", "question", "steps", "answer", "correct", "source", "labeler", "scores"),
+    *("predicted_first_error", "estimates", "case", "step_labels", "parent_id", "branch_step", "rollout_id"),
+}
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+def sapo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    result = sapo("run", str(TINY), f"run_dir={path}", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == RunDirectory(path).summary()
+    return RunDirectory(path)
+
+
+def test_summary_has_every_round_in_its_documented_shape(finished: RunDirectory) -> None:
+    rounds = finished.summary()["rounds"]
+    assert [entry["round"] for entry in rounds] == [0, 1]
+    for entry in rounds:
+        assert entry["test"]["n"] == 20
+        low, high = entry["test"]["ci95"]
+        assert 0 <= low <= entry["test"]["greedy_accuracy"] <= high <= 1
+        assert entry["verifier"].keys() >= {"step_accuracy", "auroc", "brier", "first_error_hit_rate"}
+        assert entry["cost"]["generated_tokens"] > 0
+        assert entry["cost"]["seconds"]["evaluate"] > 0
+    assert not math.isnan(json.loads(json.dumps(rounds[1]))["cost"]["flops"])
+
+
+def test_checkpoints_load_with_transformers_alone(finished: RunDirectory) -> None:
+    for number in (0, 1):
+        AutoModelForCausalLM.from_pretrained(finished.checkpoint("reasoner", number))
+        verifier = AutoModelForTokenClassification.from_pretrained(finished.checkpoint("verifier", number))
+        assert verifier.config.num_labels == 1
+        assert not list(finished.checkpoint("verifier", number).glob("*.bin"))
+
+
+def test_the_resolved_config_is_kept(finished: RunDirectory) -> None:
+    kept = yaml.safe_load((finished.path / "config.yaml").read_text())
+    assert kept["task"]["modulus"] == 5
+    assert kept["labeling"]["labeler"] == "saps"
+    assert load_config(RunConfig, finished.path / "config.yaml").run_dir == str(finished.path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_label_follows_from_labels_and_rollouts(finished: RunDirectory, number: int) -> None:
+    rows = list(finished.read(number, "labels"))
+    assert rows[0].keys() >= LABEL_COLUMNS
+    labeling = load_config(RunConfig, finished.path / "config.yaml").labeling
+    rollouts = map(rollout_of, finished.read(number, "rollouts"))
+    assert list(audit([labelled_of(row) for row in rows], rollouts, labeling)) == []
+    texts = [(row["question_id"], tuple(row["steps"])) for row in rows]
+    assert len(texts) == len(set(texts))
+
+
+def test_saps_labels_carry_scores_and_cases(finished: RunDirectory) -> None:
+    wrong = [row for row in finished.read(1, "labels") if row["source"] == "sampled" and not row["correct"]]
+    assert wrong
+    for row in wrong:
+        assert len(row["scores"]) == len(row["steps"])
+        assert row["case"] in ("a", "b", "c", "d")
+        assert len(row["estimates"]) <= 2
+
+
+def test_a_finished_run_is_not_done_again(finished: RunDirectory) -> None:
+    before = _times(finished)
+    result = sapo("run", str(TINY), f"run_dir={finished.path}")
+    assert result.returncode == 0, result.stderr
+    assert _times(finished) == before
+
+
+def test_another_config_on_the_same_run_is_refused(finished: RunDirectory) -> None:
+    result = sapo("run", str(TINY), f"run_dir={finished.path}", "sft.epochs=3")
+    assert result.returncode == 2
+    assert "sft.epochs" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def _times(run: RunDirectory) -> Mapping[str, Any]:
+    files = [*run.path.glob("round-*/*/*.parquet"), *run.path.glob("checkpoints/*/*.safetensors")]
+    return {str(file): file.stat().st_mtime_ns for file in files}

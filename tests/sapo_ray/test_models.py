@@ -1,0 +1,94 @@
+"""The random start and its tokenizer, as transformers loads them; what a verifier stores; counting weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from sapo_ray.models import Calibration, RandomModelConfig, parameter_count, save_random_reasoner
+from sapo_ray.tasks.chain import VOCABULARY
+
+CONFIG = RandomModelConfig(hidden_size=16, layers=2, heads=2, intermediate_size=24, max_length=64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "base"
+    save_random_reasoner(CONFIG, VOCABULARY, seed=1, path=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
+    return loaded
+
+
+@given(text=st.text(alphabet=VOCABULARY))
+def test_the_saved_tokenizer_gives_every_text_back(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_special_tokens_stand_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer.encode(VOCABULARY) == list(range(2, 2 + len(VOCABULARY)))
+    assert len(tokenizer) == 2 + len(VOCABULARY)
+    assert tokenizer.decode([*tokenizer.encode("1+1=2\n"), 1, 0], skip_special_tokens=True) == "1+1=2\n"
+    assert tokenizer.model_max_length == CONFIG.max_length
+
+
+def test_the_model_is_an_fp32_qwen2_whose_weights_are_counted(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert model.config.model_type == "qwen2"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert parameter_count(checkpoint) == sum(p.numel() for p in model.parameters())
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (1, 0)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 0)
+
+
+def test_weights_follow_from_the_seed_and_leave_the_random_state_alone(checkpoint: Path, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    save_random_reasoner(CONFIG, VOCABULARY, seed=1, path=tmp_path / "same")
+    save_random_reasoner(CONFIG, VOCABULARY, seed=2, path=tmp_path / "other")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() != weights
+    assert {p.name for p in tmp_path.iterdir()} == {"same", "other"}
+
+
+def test_what_an_interrupted_save_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "base.tmp").mkdir()
+    (tmp_path / "base.tmp" / "half").write_text("")
+    save_random_reasoner(CONFIG, VOCABULARY, seed=1, path=tmp_path / "base")
+    assert not (tmp_path / "base" / "half").exists()
+    assert parameter_count(tmp_path / "base") > 0
+
+
+def test_calibration_is_stored_with_its_checkpoint(tmp_path: Path) -> None:
+    assert Calibration.load(tmp_path) is None
+    for calibration in (Calibration(0.75, 0.5), Calibration(None, 0.25)):
+        calibration.save(tmp_path)
+        assert Calibration.load(tmp_path) == calibration
+
+
+def test_a_directory_without_weights_has_none_to_count(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no safetensors weights"):
+        parameter_count(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [({"layers": 0}, "layers is 0"), ({"hidden_size": 20, "heads": 4}, "hidden_size is 20; .* 2 \\* heads, 8")],
+)
+def test_impossible_configs_are_named(keys: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}"):
+        RandomModelConfig(**keys)  # type: ignore[arg-type]
