@@ -67,7 +67,9 @@ class RolloutWorker:
             self._engine.shutdown()
 
     async def _complete(self, request: GenerateRequest) -> Completion:
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        from vllm.inputs import tokens_input
+
+        prompt = tokens_input(list(request.prompt_ids))
         async for output in self._engine.generate(prompt, _sampling_params(request.sampling, request.seed), request.id):
             final = output
         completion = final.outputs[0]

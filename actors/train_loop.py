@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import shutil
@@ -34,14 +35,21 @@ from transformers import (
 from sapo_ray.batching import global_batches, micro_batches
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
-from sapo_ray.training import TrainConfig, TrainJob, TrainResult, learning_rate
+from sapo_ray.training import (
+    RESULT_FILE,
+    TrainConfig,
+    TrainJob,
+    TrainResult,
+    check_same_job,
+    finished,
+    learning_rate,
+)
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Report = Callable[[int, int, float], None]
 """Takes updates done, updates in all, and the last loss."""
-
-_RESULT = "training.json"
-"""Stands in an exported checkpoint: the job's fingerprint and its result."""
 
 
 class JobError(Exception):
@@ -104,7 +112,7 @@ class Training:
         self.begun -= progress.seconds
         epochs = (global_batches(self.shapes, config.batch_size, self.job.seed, e) for e in range(config.epochs))
         batches = [batch for epoch in epochs for batch in epoch][: config.max_updates]
-        reported = 0.0
+        reported = -math.inf
         while progress.updates < len(batches):
             lr = learning_rate(config, progress.updates, len(batches))
             progress.metrics.append(self.update(batches[progress.updates], lr))
@@ -192,7 +200,7 @@ class Training:
         if not path.exists():
             return None
         latest: dict[str, Any] = json.loads(path.read_text())
-        _same_job(latest["job"], self._fingerprint(), path)
+        check_same_job(latest["job"], self._fingerprint(), path)
         return latest
 
     def _export(self, resumed_from: int) -> TrainResult:
@@ -216,23 +224,11 @@ class Training:
             shutil.rmtree(unfinished, ignore_errors=True)
             self.engine.module.save_pretrained(unfinished, state_dict=state)
             self.tokenizer.save_pretrained(unfinished)
-            (unfinished / _RESULT).write_text(json.dumps({"job": self._fingerprint(), "result": asdict(result)}))
+            (unfinished / RESULT_FILE).write_text(json.dumps({"job": self._fingerprint(), "result": asdict(result)}))
             os.rename(unfinished, self.job.out)
             shutil.rmtree(self._partial, ignore_errors=True)
         dist.barrier()
         return result
-
-
-def finished(job: TrainJob, workers: int) -> TrainResult | None:
-    """The result stored in `job.out`, or None. Raises FileExistsError where `job.out` is something else."""
-    if not Path(job.out).exists():
-        return None
-    path = Path(job.out, _RESULT)
-    if not path.exists():
-        raise FileExistsError(f"{job.out} exists and is no finished training; remove it or name another directory")
-    stored = json.loads(path.read_text())
-    _same_job(stored["job"], job.fingerprint(workers), path)
-    return TrainResult(**stored["result"])
 
 
 def read_examples(job: TrainJob, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -336,15 +332,6 @@ def _step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
     return float(engine.get_global_grad_norm())
 
 
-def _same_job(stored: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    different = [key for key in asked if stored.get(key) != asked[key]]
-    if different:
-        key = different[0]
-        raise ValueError(
-            f"{path}: {key} was {stored.get(key)!r} and is now {asked[key]!r}; restore it or remove {path.parent}"
-        )
-
-
 def _together(make: Callable[[], T]) -> T:
     """`make()`; a JobError on all ranks where it fails on any: one that stopped alone would leave the rest waiting."""
     value: Any = None
@@ -352,13 +339,14 @@ def _together(make: Callable[[], T]) -> T:
     try:
         value = make()
     except Exception as exception:
+        logger.exception("this rank cannot go on with the job")
         error = f"{type(exception).__name__}: {exception}"
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for found in errors:
         if found is not None:
             raise JobError(found)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _replace(path: Path, text: str) -> None:

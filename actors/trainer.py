@@ -22,8 +22,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from sapo_ray.errors import SapoError
-from sapo_ray.training import TrainerConfig, TrainJob, TrainResult
-
+from sapo_ray.training import TrainerConfig, TrainJob, TrainResult, finished
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -32,9 +31,8 @@ class TrainingError(SapoError):
     """A training failed. The text is the cause as the worker saw it."""
 
 
-@ray.remote(num_cpus=0)
 class JobBoard:
-    """The jobs of a worker group, numbered from 0, and their outcomes: a result, or the text of an error."""
+    """An actor: the jobs of a worker group, numbered from 0, and how each ended: a result, or the text of an error."""
 
     def __init__(self) -> None:
         self._jobs: list[TrainJob] = []
@@ -106,7 +104,7 @@ class Trainer:
         """Start the workers, unless they are running. Returns at once; they need some 25 s."""
         if self._group is not None:
             return
-        board, fit = JobBoard.remote(), Future[ray.train.Result]()
+        board, fit = ray.remote(JobBoard).options(num_cpus=0).remote(), Future[ray.train.Result]()
         trainer = TorchTrainer(
             _work,
             train_loop_config={"board": board, "threads": self._config.threads_per_worker},
@@ -127,6 +125,9 @@ class Trainer:
         the worker's own cause. The group lives on where the job was at fault.
         """
         job = _absolute(job)
+        stored = finished(job, self._config.workers)
+        if stored is not None:
+            return stored
         self.start()
         assert self._group is not None
         board, fit = self._group.board, self._group.fit
@@ -199,9 +200,10 @@ def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
 
 
 def _absolute(job: TrainJob) -> TrainJob:
-    """Ray Train's workers run in a directory of their own."""
+    """Ray Train's workers run in a directory of their own. An `init` that is no path here may be a name on a hub."""
+    init = str(Path(job.init).resolve()) if Path(job.init).exists() else job.init
     data = tuple(str(Path(path).resolve()) for path in job.data)
-    return replace(job, init=str(Path(job.init).resolve()), data=data, out=str(Path(job.out).resolve()))
+    return replace(job, init=init, data=data, out=str(Path(job.out).resolve()))
 
 
 def _cause(fit: Future[ray.train.Result]) -> str:

@@ -1,8 +1,8 @@
 """Does SAPO beat what the same data and tokens give without it? Two controls on three seeds of configs/chain.yaml.
 
-`sft`: supervised fine-tuning alone, for as many more tokens as SAPO trained on and generated. `rft`: the same pool, samples and
-rounds, but right samples only: no verifier, no labels, no rejected solutions (rejection-sampling fine-tuning, arXiv
-2308.01825, once a round). The difference is taken question by question on the test split.
+`sft`: supervised fine-tuning alone, for as many more tokens as SAPO trained on and generated. `rft`: the same pool,
+samples and rounds, but right samples only: no verifier, no labels, no rejected solutions (rejection-sampling
+fine-tuning, arXiv 2308.01825, once a round). The difference is taken question by question on the test split.
 
     python benchmarks/controls.py [--config configs/chain.yaml] [--seeds 0,1,2] [--json]
 """
@@ -38,7 +38,10 @@ RFT = ("verify=false", "pairs.max_per_question=0")
 @click.argument("overrides", nargs=-1)
 def main(config: str, seeds: str, as_json: bool, overrides: Sequence[str]) -> None:
     results = [_seed(config, int(seed), overrides) for seed in seeds.split(",")]
-    pooled = {name: _difference([r[name]["correct"] for r in results], [r["sapo"]["correct"] for r in results]) for name in ("sft", "rft")}
+    pooled = {
+        name: _difference([r[name]["correct"] for r in results], [r["sapo"]["correct"] for r in results])
+        for name in ("sft", "rft")
+    }
     _print(results, pooled)
     if as_json:
         rows = [{name: arm["accuracy"] for name, arm in r.items()} for r in results]

@@ -1,7 +1,8 @@
 """What each labeler costs and how right its labels are, on the same wrong trajectories of 5, 8 and 12 steps.
 
-All five share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each starts.
-Truth is the chain task's `reachable` oracle. The models are those of `configs/labeling.yaml`, trained at the first call:
+All five share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each
+starts. Truth is the chain task's `reachable` oracle. The models are those of `configs/labeling.yaml`, trained at the
+first call:
 
     python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories 300]
 """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -19,8 +20,15 @@ _PROJECT = Path(__file__).parents[1]
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
     """A connection to Ray, refused where the cluster is too small for what the config reserves."""
-    environment = {"RAY_TRAIN_V2_ENABLED": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path()}
-    os.environ.update({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment})
+    environment = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Threads that wait actively stall each other as soon as they outnumber the free cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": _python_path(),
+    }
+    # Ray's workers are nice by default, so that anything else on the machine would hold them up.
+    os.environ.update({"RAY_worker_niceness": "0", **environment})
     ray.init(
         address=os.environ.get("RAY_ADDRESS"),
         num_cpus=None if os.environ.get("RAY_ADDRESS") else config.ray.num_cpus,
@@ -36,22 +44,17 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_resources(config: RunConfig, offered: dict[str, float]) -> None:
+def _check_resources(config: RunConfig, offered: Mapping[str, float]) -> None:
     """Everything that is up at the same time must fit, or the run would wait for ever."""
-    groups = {"engine": config.engine, "verifier": config.verifier, "trainer": config.trainer}
-    for kind, attribute, extra in (
-        ("CPU", "cpus_per_worker", config.ray.coordinator_cpus),
-        ("GPU", "gpus_per_worker", 0.0),
-    ):
-        parts = {
-            f"{name}.workers * {name}.{attribute}": g.workers * getattr(g, attribute) for name, g in groups.items()
-        }
-        needed = sum(parts.values()) + extra
-        if needed > offered.get(kind, 0.0) + 1e-9:
+    groups: dict[str, Any] = {"engine": config.engine, "verifier": config.verifier, "trainer": config.trainer}
+    for kind, attribute in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
+        parts = {f"{n}.workers * {n}.{attribute}": g.workers * getattr(g, attribute) for n, g in groups.items()}
+        if kind == "CPU":
+            parts["ray.coordinator_cpus"] = config.ray.coordinator_cpus
+        needed, available = sum(parts.values()), offered.get(kind, 0.0)
+        if needed > available + 1e-9:
             terms = " + ".join(f"{value:g} ({key})" for key, value in parts.items() if value)
-            raise SapoError(
-                f"the run reserves {needed:g} {kind}s = {terms} + {extra:g}, but Ray offers {offered.get(kind, 0):g}"
-            )
+            raise SapoError(f"the run needs {needed:g} {kind}s = {terms}, but Ray offers {available:g}: lower a key")
 
 
 def _python_path() -> str:

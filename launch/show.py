@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def show(run_directory: str, as_json: bool) -> None:
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print accuracy, verifier and cost by round to standard output."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     for title, columns in _TABLES.items():
         table = Table(title=title, title_justify="left")
         table.add_column("round", justify="right")
@@ -50,6 +51,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         for sign in entry["warnings"]:
             console.print(f"warning: round {entry['round']}: {sign}")
 
+
+_PIPED_WIDTH = 160
 
 _TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "Reasoner": {

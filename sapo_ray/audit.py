@@ -9,9 +9,7 @@ from sapo_ray.data import Estimate, LabelledTrajectory, Rollout
 from sapo_ray.labelers import Labeler, LabelingConfig, drive, expand, label_correct, omega, outcome, shepherd, verify
 
 
-def audit(
-    labelled: Sequence[LabelledTrajectory], rollouts: Iterable[Rollout], config: LabelingConfig
-) -> Iterator[str]:
+def audit(labelled: Sequence[LabelledTrajectory], rollouts: Iterable[Rollout], config: LabelingConfig) -> Iterator[str]:
     """One line for every row whose estimates or labels do not follow from the rollouts; none where all do."""
     of_trajectory: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 async def ordered(
     items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], limit: int
-) -> AsyncIterator[Result]:
+) -> AsyncGenerator[Result, None]:
     """The results of `work` over `items`, in the items' order, with at most `limit` items begun and not yet yielded.
 
     The order makes whatever is written from a stream the same in every run; the limit bounds memory and holds back the

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.evaluator import EvaluationConfig
 from sapo_ray.labelers import LabelingConfig
 from sapo_ray.models import RandomModelConfig
 from sapo_ray.pairs import PairsConfig
+from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
 from sapo_ray.tasks.chain import ChainConfig
 from sapo_ray.training import TrainConfig, TrainerConfig

@@ -73,7 +73,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The Monte Carlo estimate c_j of one prefix (paper eq. 3-5): `value` is 1 if any kept rollout reached the answer."""
+    """The Monte Carlo estimate c_j of a prefix (paper eq. 3-5): `value` is 1 if any kept rollout reached the answer."""
 
     step: int
     value: int

@@ -34,18 +34,14 @@ class RandomModelConfig:
     """Share the input and output embeddings."""
 
     def __post_init__(self) -> None:
+        for key in ("hidden_size", "layers", "heads", "intermediate_size", "max_length"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
         if self.hidden_size % (32 * self.heads):
             raise ValueError(
                 f"hidden_size is {self.hidden_size}; it must be a multiple of 32 * heads = {32 * self.heads}: "
                 "vLLM's attention takes heads 32, 64, 96 … wide"
             )
-
-    def __post_init__(self) -> None:
-        for key in ("hidden_size", "layers", "heads", "intermediate_size", "max_length"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"hidden_size is {self.hidden_size}; it must be a multiple of 2 * heads, {2 * self.heads}")
 
 
 def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:

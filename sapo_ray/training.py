@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
+
+RESULT_FILE = "training.json"
+"""Stands in every exported checkpoint: the fingerprint of the job that made it, and its result."""
 
 
 @dataclass(kw_only=True)
@@ -19,7 +25,7 @@ class TrainConfig:
     batch_size: int = 32
     """Examples (a pair is one) an update learns from, over all workers."""
     micro_batch_tokens: int = 8192
-    """Most tokens, padding included, of one forward pass on one worker. At least 2 * max_tokens, so that a pair fits."""
+    """Most tokens, padding included, of a worker's forward pass. At least 2 * max_tokens, so that a pair fits."""
     max_tokens: int = 512
     """Longest sequence, prompt included."""
     too_long: Literal["fail", "drop"] = "fail"
@@ -98,7 +104,10 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """Train the checkpoint `init` on the Parquet files and directories `data`, and export to the directory `out`."""
+    """Train the checkpoint `init` on the Parquet files and directories `data`, and export to the directory `out`.
+
+    `init` may also be the name of a model on a hub.
+    """
 
     objective: str
     """Name of the objective: sft, prm or orpo."""
@@ -112,15 +121,18 @@ class TrainJob:
     """Parameters of the objective, such as ORPO's beta."""
 
     def fingerprint(self, workers: int) -> dict[str, Any]:
-        """What must be the same for a training to be the same: an interrupted one goes on only under an equal one."""
+        """What must stay the same for a training to go on or to count as done. Paths are relative to `out`'s parent,
+        so that a run directory can be moved."""
+        home = Path(self.out).parent
+        init, *data = (os.path.relpath(p, home) if os.path.isabs(p) else p for p in (self.init, *self.data))
         return {
+            **vars(self.config),
             "objective": self.objective,
             "params": dict(self.params),
-            "init": self.init,
-            "data": list(self.data),
+            "init": init,
+            "data": data,
             "seed": self.seed,
             "workers": workers,
-            **vars(self.config),
         }
 
 
@@ -147,6 +159,30 @@ class TrainResult:
     """Update whose mid-training checkpoint the last attempt started from; 0 for a fresh start."""
     metrics: list[dict[str, float]]
     """For each update: `update` (from 1), `loss`, its terms by name, `lr`, `grad_norm` (before clipping), `tokens`."""
+
+
+def finished(job: TrainJob, workers: int) -> TrainResult | None:
+    """The result stored in `job.out`, or None where nothing is there.
+
+    Raises FileExistsError where something else is there, ValueError where another job's checkpoint is.
+    """
+    if not Path(job.out).exists():
+        return None
+    path = Path(job.out, RESULT_FILE)
+    if not path.exists():
+        raise FileExistsError(f"{job.out} exists and is no finished training; remove it or name another directory")
+    stored = json.loads(path.read_text())
+    check_same_job(stored["job"], job.fingerprint(workers), path)
+    return TrainResult(**{**stored["result"], "checkpoint": job.out})
+
+
+def check_same_job(stored: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError that names the first key in which a job's fingerprint differs from the one stored at `path`."""
+    for key, value in asked.items():
+        if stored.get(key) != value:
+            raise ValueError(
+                f"{path}: {key} was {stored.get(key)!r} and is now {value!r}; restore it or remove {path.parent}"
+            )
 
 
 def learning_rate(config: TrainConfig, update: int, updates: int) -> float:

@@ -240,7 +240,12 @@ def test_the_oracle_worked_by_hand(q: Question, steps: list[str], strict: list[i
         ("accumulator, forgiving", question("7+3*0+1", "1"), ["7+3=9", "9*0=0", "0+1=1"], [1, 1, 1]),
         ("accumulator, forgiving", question("7+3*5+1", "1"), ["7+3=8", "8*5=0", "0+1=1"], [1, 1, 1]),
         ("accumulator, forgiving", question("7+3*5+1", "1"), ["7+3=9", "9*5=5", "5+1=6"], [0, 0, 0]),
-        ("variables, forgiving", question("a=7;f=a+8;f=5;g=f-2;?g", "3"), ["f=a+8=7+8=2", "f=5", "g=f-2=5-2=3"], [1] * 3),
+        (
+            "variables, forgiving",
+            question("a=7;f=a+8;f=5;g=f-2;?g", "3"),
+            ["f=a+8=7+8=2", "f=5", "g=f-2=5-2=3"],
+            [1] * 3,
+        ),
         ("variables, forgiving", question("a=7;f=a+7;g=f*6;?g", "0"), ["f=a+7=7+7=4", "g=f*6=4*6=0"], [1, 1]),
     ],
 )

@@ -1,0 +1,167 @@
+"""Sampling of whole solutions: ids and seeds, repeats, truncation, and indifference to the order of arrival."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sapo_ray.data import Question, Trajectory, seed_of
+from sapo_ray.models import character_tokenizer
+from sapo_ray.requests import Completion, GenerateRequest
+from sapo_ray.sampler import Sampler, SamplingConfig, Solver, original_trajectory, round_questions
+from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
+
+TASK = Chain(ChainConfig())
+TOKENIZER = character_tokenizer(VOCABULARY, 512)
+QUESTION = Question("q", "7+3*7", "0")
+
+
+class Reasoner:
+    """Completions by the last part of a request's id, after pseudo-random delays; and what was asked."""
+
+    def __init__(self, answer: Callable[[int], str], delays: int = 0) -> None:
+        self._answer, self._rng = answer, random.Random(delays)
+        self.requests: list[GenerateRequest] = []
+
+    async def __call__(self, request: GenerateRequest) -> Completion:
+        self.requests.append(request)
+        for _ in range(self._rng.randrange(4)):
+            await asyncio.sleep(0)
+        text = self._answer(int(request.id.rpartition("/")[2]))
+        finished = not text.endswith("…")
+        text = text.removesuffix("…")
+        return Completion(request.id, text, tuple(TOKENIZER.encode(text)), finished, len(request.prompt_ids), 0)
+
+
+def unique(reasoner: Reasoner, **config: Any) -> list[Trajectory]:
+    sampler = Sampler(Solver(TASK, TOKENIZER, reasoner, seed=5), SamplingConfig(**config))
+    return asyncio.run(sampler.unique(QUESTION, "round-1"))
+
+
+TEXTS = ["7+3=0\n0*7=0\n", "7+3=1\n1*7=7\n", "7+3=0\n0*7=0\n", "7+3=0\n0*7=0", "", "7+3=0\n0*…", "\n"]
+
+
+def test_a_solution_is_read_as_it_stands() -> None:
+    found = unique(Reasoner(TEXTS.__getitem__), samples=7, max_samples=7)
+    assert [(t.id, t.steps, t.answer, t.correct, t.truncated) for t in found] == [
+        ("round-1/q/0", ("7+3=0\n", "0*7=0\n"), "0", True, False),
+        ("round-1/q/1", ("7+3=1\n", "1*7=7\n"), "7", False, False),
+        ("round-1/q/3", ("7+3=0\n", "0*7=0"), "0", True, False),
+        ("round-1/q/5", ("7+3=0\n", "0*"), None, False, True),
+        ("round-1/q/6", ("\n",), None, False, False),
+    ]
+    assert {(t.question_id, t.question, t.source) for t in found} == {("q", QUESTION.text, "sampled")}
+
+
+def test_a_truncated_solution_has_no_answer_even_where_it_shows_one() -> None:
+    (found,) = unique(Reasoner(lambda _: "7+3=0\n0*7=0…"), samples=1)
+    assert (found.answer, found.correct, found.truncated) == (None, False, True)
+
+
+def test_requests_carry_prompt_seed_and_decoding() -> None:
+    reasoner = Reasoner(TEXTS.__getitem__)
+    unique(reasoner, samples=3, max_samples=3, temperature=0.7, top_p=0.9, max_tokens=11, stop=["#"])
+    assert [r.id for r in reasoner.requests] == ["round-1/q/0", "round-1/q/1", "round-1/q/2"]
+    for request in reasoner.requests:
+        assert TOKENIZER.decode(request.prompt_ids) == "7+3*7\n"
+        assert request.seed == seed_of(5, request.id)
+        decoding = request.sampling
+        assert (decoding.temperature, decoding.top_p, decoding.max_tokens, decoding.stop) == (0.7, 0.9, 11, ("#",))
+    assert len({request.seed for request in reasoner.requests}) == 3
+
+
+def test_greedy_decoding_ignores_temperature() -> None:
+    greedy = SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=11, stop=["#"]).decoding(greedy=True)
+    assert (greedy.temperature, greedy.top_p, greedy.max_tokens, greedy.stop) == (0.0, 1.0, 11, ("#",))
+
+
+@pytest.mark.parametrize(
+    ("texts", "min_unique", "drawn", "kept"),
+    [
+        (["a"] * 9, 1, 2, [0]),
+        (["a", "b", "c"] * 3, 1, 2, [0, 1]),
+        (["a", "a", "a", "b", "c"] * 2, 2, 4, [0, 3]),
+        (["a"] * 9, 2, 5, [0]),
+        ([""] * 9, 1, 5, []),
+        (["", "", "", "", "a"], 1, 5, [4]),
+    ],
+    ids=["enough", "all different", "until two differ", "until the most", "nothing but empty ones", "the last of all"],
+)
+def test_sampling_goes_on_until_enough_differ(texts: list[str], min_unique: int, drawn: int, kept: list[int]) -> None:
+    reasoner = Reasoner(texts.__getitem__)
+    found = unique(reasoner, samples=2, min_unique=min_unique, max_samples=5)
+    assert sorted(r.id for r in reasoner.requests) == [f"round-1/q/{k}" for k in range(drawn)]
+    assert [t.id for t in found] == [f"round-1/q/{k}" for k in kept]
+
+
+@given(texts=st.lists(st.sampled_from(TEXTS), min_size=8, max_size=8), delays=st.integers(0, 99))
+def test_what_is_kept_does_not_depend_on_the_order_of_arrival(texts: list[str], delays: int) -> None:
+    keys: dict[str, Any] = {"samples": 3, "max_samples": 8, "min_unique": 3}
+    reasoner = Reasoner(texts.__getitem__, delays)
+    assert unique(reasoner, **keys) == unique(Reasoner(texts.__getitem__, delays + 1), **keys)
+    assert max(Counter(r.id for r in reasoner.requests).values()) == 1
+
+
+def test_a_failed_request_fails_the_sample_and_ends_the_others() -> None:
+    ended = []
+
+    async def generate(request: GenerateRequest) -> Completion:
+        try:
+            if request.id.endswith("/1"):
+                raise ConnectionError("the engine is gone")
+            return await asyncio.Future()
+        finally:
+            ended.append(request.id)
+
+    async def main() -> None:
+        sampler = Sampler(Solver(TASK, TOKENIZER, generate, seed=0), SamplingConfig(samples=4))
+        with pytest.raises(ConnectionError, match="the engine is gone"):
+            await sampler.unique(QUESTION, "s")
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
+    assert sorted(ended) == [f"s/q/{k}" for k in range(4)]
+
+
+def test_rounds_take_the_pool_part_by_part() -> None:
+    pool = [Question(str(i), "", "") for i in range(5)]
+
+    def ids(number: int, count: int) -> str:
+        return "".join(q.id for q in round_questions(pool, number, count))
+
+    assert [ids(i, 2) for i in range(4)] == ["01", "23", "40", "12"]
+    assert [ids(i, count) for i in range(2) for count in (0, 5, 9)] == ["01234"] * 6
+
+
+def test_a_worked_solution_is_an_original_trajectory() -> None:
+    question = TASK.questions("worked")[0]
+    original = original_trajectory(question)
+    assert (original.steps, original.answer, original.correct) == (question.solution, question.answer, True)
+    assert (original.id, original.source) == ("original/worked-0", "original")
+    with pytest.raises(ValueError, match="question q has no worked solution"):
+        original_trajectory(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"samples": 0}, "samples is 0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_samples": 3}, "max_samples is 3"),
+        ({"min_unique": 5}, "min_unique is 5"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"questions": -1}, "questions is -1"),
+    ],
+)
+def test_impossible_configs_are_named(keys: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}"):
+        SamplingConfig(**keys)

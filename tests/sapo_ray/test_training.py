@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sapo_ray.training import TrainConfig, learning_rate
+
+
+def test_learning_rates_of_ten_updates() -> None:
+    linear = TrainConfig(learning_rate=1.0, warmup_ratio=0.2, schedule="linear", min_lr_ratio=0.0)
+    rates = [learning_rate(linear, update, 10) for update in range(10)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    cosine = TrainConfig(learning_rate=2.0, warmup_ratio=0.0, schedule="cosine", min_lr_ratio=0.5)
+    assert learning_rate(cosine, 0, 10) == pytest.approx(2.0)
+    assert learning_rate(cosine, 5, 10) == pytest.approx(1.5)
+    assert learning_rate(TrainConfig(schedule="constant", warmup_ratio=0.0), 9, 10) == TrainConfig().learning_rate
+
+
+@given(
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    warmup=st.floats(0, 1),
+    floor=st.floats(0, 1),
+    updates=st.integers(1, 50),
+)
+def test_the_learning_rate_rises_then_falls_within_its_bounds(
+    schedule: Any, warmup: float, floor: float, updates: int
+) -> None:
+    config = TrainConfig(learning_rate=1.0, schedule=schedule, warmup_ratio=warmup, min_lr_ratio=floor)
+    rates = [learning_rate(config, update, updates) for update in range(updates)]
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert all(0 < rate <= 1 for rate in rates)
+    assert all(rate >= floor - 1e-9 for rate in rates[top:])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be above 0"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5; it must lie between 0 and 1"),
+        ({"zero_stage": 4}, "zero_stage is 4; it must be 0, 1, 2 or 3"),
+        ({"max_tokens": 512, "micro_batch_tokens": 1000}, "micro_batch_tokens is 1000; .* 2 \\* max_tokens = 1024"),
+    ],
+)
+def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)
