@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,9 +105,10 @@ class Engines:
 
     async def stream(self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]) -> AsyncIterator[Result]:
         """`ordered` over the items, `questions_in_flight` at a time, counted as progress."""
-        async for result in ordered(items, work, self._config.ray.questions_in_flight):
-            self._done += 1
-            yield result
+        async with aclosing(ordered(items, work, self._config.ray.questions_in_flight)) as results:
+            async for result in results:
+                self._done += 1
+                yield result
 
     def progress(self) -> dict[str, Any]:
         return {"done": self._done, "total": self._total, "tokens": self.cost.generated_tokens}

@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from sapo_ray.errors import SapoError
+
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
@@ -25,7 +27,7 @@ RATE_WINDOW = 30.0
 """Seconds over which `PoolStats.rate` is taken."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(SapoError):
     """A worker died or could not do what it was asked. One line: the pool, the worker, what it did, and the cause."""
 
 
@@ -194,8 +196,9 @@ class Pool(Generic[Request, Result]):
             raise self._error(worker, method, error.cause) from error
 
     def _error(self, worker: _Worker, method: str, cause: Exception) -> WorkerError:
+        kind = "" if isinstance(cause, SapoError) else f"{type(cause).__name__}: "
         what = " ".join(str(cause).split())
-        return WorkerError(f"{self._name} worker {worker.number}: {method} failed: {type(cause).__name__}: {what}")
+        return WorkerError(f"{self._name} worker {worker.number}: {method} failed: {kind}{what}")
 
     def _deliver(
         self, worker: _Worker, batch: list[_Waiting[Request, Result]], results: Sequence[Result | Exception]

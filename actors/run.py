@@ -131,7 +131,7 @@ class Run:
         self._store.write_summary(summary(self._notes, self.config.rounds))
 
     def _use(self, reasoner: Path | None = None, verifier: Path | None = None) -> None:
-        """The models that the next stages need. There is no verifier before the first, nor in a run without `verify`."""
+        """The models that the next stages need: no verifier before there is one, nor in a run without `verify`."""
         exists = verifier is not None and verifier.exists()
         self._coordinator.use(reasoner=reasoner, verifier=verifier if exists else None)
 

@@ -30,6 +30,7 @@ from sapo_ray.annotator import Annotation
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config, to_yaml
 from sapo_ray.data import Question, Trajectory
+from sapo_ray.evaluator import true_labels
 from sapo_ray.labelers import LabelerName
 from sapo_ray.metrics import label_accuracy
 from sapo_ray.store import RunDirectory, write_text
@@ -124,7 +125,7 @@ def _wrong_trajectories(coordinator: CoordinatorClient, task: Chain, length: int
 
 def _quality(task: Chain, items: Sequence[Item], annotations: Sequence[Annotation]) -> dict[str, float | None]:
     """Label accuracy against the oracle, and the share of successes from prefixes that it calls unreachable."""
-    truth = [task.oracle(question, trajectory.steps).reachable for question, trajectory in items]
+    truth = [true_labels(task, question, trajectory) for question, trajectory in items]
     labels = [annotation.labelled[0] for annotation in annotations]
     impossible = [
         not true[estimate.step]

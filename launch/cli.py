@@ -38,10 +38,15 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SapoError as error:
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "sapo"
+            raise Failure(f"{error.format_message()} (see {command} --help)") from error
+        except BrokenPipeError:  # whoever read the output has had enough; click ends quietly
+            raise
+        except (SapoError, OSError) as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            raise Failure(str(error)) from error
+            raise Failure(" ".join(str(error).split())) from error
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)

@@ -10,22 +10,24 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
+from launch.checks import Checkpoint
 from launch.progress import ConsoleReporter
 from launch.session import ray_session
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.errors import SapoError
+from sapo_ray.limits import check_engine_length
 from sapo_ray.store import labelled_of, read_rows
-
-_DIRECTORY = click.Path(exists=True, file_okay=False)
+from sapo_ray.tasks import Chain
 
 
 @click.command()
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--reasoner", type=_DIRECTORY, help="Checkpoint directory; greedy, pass@k and majority accuracy.")
-@click.option("--verifier", type=_DIRECTORY, help="Checkpoint directory; best-of-N, and scores of the samples' steps.")
+@click.option("--reasoner", type=Checkpoint("ForCausalLM"), help="Directory; greedy, pass@k and majority accuracy.")
+@click.option("--verifier", type=Checkpoint("ForTokenClassification"), help="Directory; best-of-N, and step scores.")
 @click.option("--labels", type=click.Path(exists=True), help="Labelled steps (Parquet) to hold the verifier against.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one line of JSON.")
 def evaluate(
@@ -50,6 +52,8 @@ def evaluate(
     if not labels and not reasoner:
         raise SapoError("name a --reasoner, or a --verifier with --labels")
     settings = load_config(RunConfig, config, overrides)
+    if reasoner:
+        check_engine_length(settings, Chain(settings.task), AutoTokenizer.from_pretrained(reasoner))
     arguments = ("evaluate_labels", _labelled(Path(labels))) if labels else ("evaluate", "evaluate")
     with (
         ray_session(settings),
@@ -72,6 +76,8 @@ def _labelled(path: Path) -> list[Any]:
             rows.append(labelled_of(row))
         except (KeyError, TypeError) as error:
             raise SapoError(f"{path}, record {number}: no labelled trajectory, {error} is missing or wrong") from error
+    if not rows:
+        raise SapoError(f"{path} holds no labelled trajectories")
     return rows
 
 

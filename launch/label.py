@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+from transformers import AutoTokenizer
 
+from launch.checks import Checkpoint, check_writable
 from launch.progress import ConsoleReporter
 from launch.session import ray_session
+from sapo_ray.annotator import distinct
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import Question, Trajectory
 from sapo_ray.errors import SapoError
+from sapo_ray.labelers import fixed_start_score
+from sapo_ray.limits import check_engine_length
+from sapo_ray.models import Calibration
 from sapo_ray.store import RunDirectory, label_row, read_rows, rollout_row, trajectory_of
 from sapo_ray.tasks import SPLITS, Chain
 
@@ -24,8 +30,8 @@ from sapo_ray.tasks import SPLITS, Chain
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.argument("trajectories", type=click.Path(exists=True))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--reasoner", required=True, type=click.Path(exists=True, file_okay=False), help="Checkpoint directory.")
-@click.option("--verifier", type=click.Path(exists=True, file_okay=False), help="Checkpoint directory, for saps.")
+@click.option("--reasoner", required=True, type=Checkpoint("ForCausalLM"), help="Checkpoint directory.")
+@click.option("--verifier", type=Checkpoint("ForTokenClassification"), help="Checkpoint directory; only saps uses it.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="New directory for labels and rollouts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one line of JSON.")
 def label(
@@ -42,14 +48,17 @@ def label(
     \b
     Example:
       sapo label configs/local.yaml runs/local/round-1/trajectories --reasoner runs/local/checkpoints/reasoner-0 \\
-        --verifier runs/local/checkpoints/verifier-0 --out labels labeling.labeler=omega
+        --verifier runs/local/checkpoints/verifier-0 --out labels labeling.labeler=saps
     """
     from actors.client import CoordinatorClient
 
     settings = load_config(RunConfig, config, overrides)
-    items = read_trajectories(settings, Path(trajectories))
+    _require_scores(settings, verifier)
     if Path(out).exists():
         raise SapoError(f"--out {out} exists already; name a new directory")
+    check_writable("--out", Path(out))
+    check_engine_length(settings, Chain(settings.task), AutoTokenizer.from_pretrained(reasoner))
+    items = read_trajectories(settings, Path(trajectories))
     store = RunDirectory(out)
     with (
         ray_session(settings),
@@ -59,16 +68,31 @@ def label(
         coordinator.use(reasoner=reasoner, verifier=verifier)
         annotations, notes = coordinator.call("label", items, settings.labeling, "label")
     with closing(store.writer(0, "labels")) as labels, closing(store.writer(0, "rollouts")) as rollouts:
-        labels.extend(label_row(row) for a in annotations for row in a.labelled)
+        labels.extend(map(label_row, distinct(annotations)))
         rollouts.extend(rollout_row(r) for a in annotations for r in a.rollouts)
     figures = {"trajectories": len(items), "labels": labels.rows, **notes["cost"]}
     click.echo(json.dumps(figures) if as_json else "\n".join(f"{k}: {v:,}" for k, v in figures.items()))
 
 
 def read_trajectories(settings: RunConfig, path: Path) -> list[tuple[Question, Trajectory]]:
-    """A file's trajectories, each with its question. Raises SapoError for a record that does not fit."""
-    questions = {q.id: q for split in SPLITS for q in Chain(settings.task).questions(split)}
-    return [_item(questions, row, f"{path}, record {number}") for number, row in enumerate(read_rows(path))]
+    """A file's trajectories, each with its question. Raises SapoError for a record that does not fit, or for none."""
+    task = Chain(settings.task)
+    questions = {q.id: q for split in SPLITS for q in task.questions(split)}
+    items = [_item(questions, row, f"{path}, record {number}") for number, row in enumerate(read_rows(path))]
+    if not items:
+        raise SapoError(f"{path} holds no trajectories")
+    return items
+
+
+def _require_scores(settings: RunConfig, verifier: str | None) -> None:
+    """A labeler that goes by scores needs a verifier, and a score to compare the first step's with."""
+    labeling = settings.labeling
+    if not labeling.uses_scores:
+        return
+    if verifier is None:
+        raise SapoError(f"labeling.labeler is {labeling.labeler}: name a --verifier, or another labeler")
+    if fixed_start_score(labeling) is None and Calibration.load(Path(verifier)) is None:
+        raise SapoError(f"{verifier} has no calibration.json: set labeling.start_score to a number")
 
 
 def _item(questions: Mapping[str, Question], row: Mapping[str, Any], where: str) -> tuple[Question, Trajectory]:

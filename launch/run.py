@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
-import yaml
 
+from launch.checks import check_writable
 from launch.progress import ConsoleReporter
 from launch.session import ray_session
 from launch.show import print_summary
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config, to_yaml
 from sapo_ray.errors import SapoError
+from sapo_ray.limits import check_run_lengths
+from sapo_ray.models import character_tokenizer
 from sapo_ray.store import RunDirectory, write_text
+from sapo_ray.tasks import Chain
+from sapo_ray.tasks.chain import VOCABULARY
 
 
 @click.command()
@@ -35,8 +40,11 @@ def run(config: str, overrides: Sequence[str], as_json: bool) -> None:
     from actors.sapo import sapo
 
     settings = load_config(RunConfig, config, overrides)
-    store = RunDirectory(settings.run_dir or Path("runs") / Path(config).stem)
+    settings.run_dir = settings.run_dir or str(Path("runs", Path(config).stem))
+    store = RunDirectory(settings.run_dir)
     _refuse_other_config(settings, store)
+    check_writable("run_dir", store.path)
+    check_run_lengths(settings, Chain(settings.task), character_tokenizer(VOCABULARY, settings.model.max_length))
     with ray_session(settings):
         store.create()
         write_text(store.path / "config.yaml", to_yaml(settings))
@@ -50,12 +58,15 @@ def run(config: str, overrides: Sequence[str], as_json: bool) -> None:
 
 
 def _refuse_other_config(settings: RunConfig, store: RunDirectory) -> None:
-    """A run directory holds one run: what was begun under other settings is not gone on with under these."""
+    """A run directory holds one run: what was begun under other settings is not gone on with under these.
+
+    `run_dir` itself may differ: a run can be moved, and its path be written in several ways.
+    """
     path = store.path / "config.yaml"
     if not path.exists():
         return
-    before, now = (_flat(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), to_yaml(settings)))
-    different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    before, now = _flat(asdict(load_config(RunConfig, path))), _flat(asdict(settings))
+    different = sorted(key for key in (before | now).keys() - {"run_dir"} if before.get(key) != now.get(key))
     if different:
         raise SapoError(
             f"{store.path} was begun with other values of {', '.join(different)}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ _PROJECT = Path(__file__).parents[1]
 
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
-    """A connection to Ray, refused where the cluster is too small for what the config reserves."""
+    """A connection to Ray. Raises SapoError where the cluster is too small for what the config reserves."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and config.ray.num_cpus is not None:
+        _check_resource(config, "CPU", config.ray.num_cpus)
     environment = {
         "RAY_TRAIN_V2_ENABLED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -30,31 +33,36 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     # Ray's workers are nice by default, so that anything else on the machine would hold them up.
     os.environ.update({"RAY_worker_niceness": "0", **environment})
     ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
-        num_cpus=None if os.environ.get("RAY_ADDRESS") else config.ray.num_cpus,
+        address=address,
+        num_cpus=None if address else config.ray.num_cpus,
         runtime_env={"env_vars": environment},
         include_dashboard=False,
         logging_level=logging.WARNING,
         log_to_driver=False,
     )
     try:
-        _check_resources(config, ray.cluster_resources())
+        offered = ray.cluster_resources()
+        for kind in _RESERVED:
+            _check_resource(config, kind, offered.get(kind, 0.0))
         yield
     finally:
         ray.shutdown()
 
 
-def _check_resources(config: RunConfig, offered: Mapping[str, float]) -> None:
+_RESERVED: dict[str, str] = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
+
+
+def _check_resource(config: RunConfig, kind: str, available: float) -> None:
     """Everything that is up at the same time must fit, or the run would wait for ever."""
+    attribute = _RESERVED[kind]
     groups: dict[str, Any] = {"engine": config.engine, "verifier": config.verifier, "trainer": config.trainer}
-    for kind, attribute in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
-        parts = {f"{n}.workers * {n}.{attribute}": g.workers * getattr(g, attribute) for n, g in groups.items()}
-        if kind == "CPU":
-            parts["ray.coordinator_cpus"] = config.ray.coordinator_cpus
-        needed, available = sum(parts.values()), offered.get(kind, 0.0)
-        if needed > available + 1e-9:
-            terms = " + ".join(f"{value:g} ({key})" for key, value in parts.items() if value)
-            raise SapoError(f"the run needs {needed:g} {kind}s = {terms}, but Ray offers {available:g}: lower a key")
+    parts = {f"{name}.workers * {name}.{attribute}": g.workers * getattr(g, attribute) for name, g in groups.items()}
+    if kind == "CPU":
+        parts["ray.coordinator_cpus"] = config.ray.coordinator_cpus
+    needed = sum(parts.values())
+    if needed > available + 1e-9:
+        terms = " + ".join(f"{value:g} ({key})" for key, value in parts.items() if value)
+        raise SapoError(f"the run needs {needed:g} {kind}s = {terms}, but Ray offers {available:g}; lower these keys")
 
 
 def _python_path() -> str:

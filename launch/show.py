@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,7 +29,11 @@ def show(run_directory: str, as_json: bool) -> None:
     try:
         summary = RunDirectory(run_directory).summary()
     except FileNotFoundError as error:
-        raise SapoError(f"{run_directory} has no summary.json: no round of it has ended yet") from error
+        begun = Path(run_directory, "config.yaml").exists()
+        why = "no round of it has ended yet" if begun else "it is no run directory"
+        raise SapoError(f"{run_directory} has no summary.json: {why}") from error
+    except ValueError as error:
+        raise SapoError(f"{run_directory}/summary.json cannot be read: {error}") from error
     if as_json:
         click.echo(json.dumps(summary))
     else:

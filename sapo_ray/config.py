@@ -46,18 +46,31 @@ class RunConfig:
     initial_labeler: Literal["omega", "shepherd", "outcome"] = "omega"
     """Who labels round 0, when there is no verifier yet."""
     task: ChainConfig = field(default_factory=ChainConfig)
+    """The problems: `chain`, arithmetic made on the spot."""
     model: RandomModelConfig = field(default_factory=RandomModelConfig)
+    """The base model M of a task that brings its own alphabet: a Qwen2 with random weights."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the reasoner samples solutions."""
     labeling: LabelingConfig = field(default_factory=LabelingConfig)
+    """How steps are labelled."""
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    """Which solutions are preferred to which."""
     sft: TrainConfig = field(default_factory=TrainConfig)
+    """Supervised fine-tuning, which makes M_0."""
     prm: TrainConfig = field(default_factory=TrainConfig)
+    """The training of the verifiers V_i."""
     align: AlignConfig = field(default_factory=AlignConfig)
+    """The training of the reasoners M_i, i ≥ 1, by ORPO."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured after every round."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """The rollout workers: vLLM."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    """The scoring workers."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The training workers: Ray Train and DeepSpeed."""
     ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster and the coordinator."""
 
     def __post_init__(self) -> None:
         if self.rounds < 0:

@@ -69,7 +69,7 @@ def to_yaml(config: object) -> str:
 
 def describe(schema: type) -> Iterator[Key]:
     """Every key of a schema but the sections, depth first and in the order of the source."""
-    hints, docs = get_type_hints(schema), _docs(schema)
+    hints, docs = get_type_hints(schema), field_docs(schema)
     for field in fields(schema):
         section = _section(hints[field.name])
         if section is not None:
@@ -77,6 +77,19 @@ def describe(schema: type) -> Iterator[Key]:
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
         yield Key(field.name, _type_name(hints[field.name]), default, docs.get(field.name, ""))
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """The string literal under each field, read from the source of the class and of its bases."""
+    docs: dict[str, str] = {}
+    for cls in (c for c in reversed(schema.__mro__) if is_dataclass(c)):
+        definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for field, below in itertools.pairwise(definition.body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[name] = inspect.cleandoc(doc)
+    return docs
 
 
 class _Merge:
@@ -232,19 +245,6 @@ def _type_name(hint: object) -> str:
     if hint is type(None):
         return "null"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-
-
-def _docs(schema: type) -> dict[str, str]:
-    """The string literal under each field, read from the source of the class and of its bases."""
-    docs: dict[str, str] = {}
-    for cls in (c for c in reversed(schema.__mro__) if is_dataclass(c)):
-        definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        assert isinstance(definition, ast.ClassDef)
-        for field, below in itertools.pairwise(definition.body):
-            match field, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                    docs[name] = inspect.cleandoc(doc)
-    return docs
 
 
 def _escape(value: Any) -> Any:

@@ -123,6 +123,19 @@ def step_report(
     }
 
 
+def true_labels(task: Task, question: Question, trajectory: Trajectory) -> tuple[int, ...] | None:
+    """The oracle's `reachable` labels, with c_n as the final answer proves it; None where the task has no oracle.
+
+    A solution that stops before its last step states a wrong answer, though its last line could still be gone on from.
+    """
+    oracle = task.oracle(question, trajectory.steps)
+    if oracle is None:
+        return None
+    if trajectory.answer is None:
+        return oracle.reachable
+    return (*oracle.reachable[:-1], int(trajectory.correct))
+
+
 def verifier_report(
     task: Task,
     scored: Sequence[tuple[Question, Trajectory, tuple[float, ...]]],
@@ -142,12 +155,12 @@ def verifier_report(
     guesses: list[float] = []
     start = 1.0 if start_score is None else start_score
     for question, trajectory, steps in scored:
-        oracle = task.oracle(question, trajectory.steps)
-        if oracle is None:
+        labels = true_labels(task, question, trajectory)
+        if labels is None:
             break
         scores.append(steps)
-        truth.append(oracle.reachable)
-        error = first_zero(oracle.reachable)
+        truth.append(labels)
+        error = first_zero(labels)
         if not trajectory.correct and error < len(steps):
             hits.append(float(first_error(steps, start, allow_first_step) == error))
             choices = candidates(len(steps), allow_first_step)

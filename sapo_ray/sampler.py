@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +25,7 @@ class SamplingConfig:
     top_p: float = 1.0
     """Nucleus of the distribution that is sampled from; 1 takes all of it."""
     max_tokens: int = 96
-    """Most tokens a solution may have; a longer one is truncated."""
+    """Most tokens a solution may have, one that goes on from a prefix included; a longer one is truncated."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a solution; the end-of-sequence token always does."""
     min_unique: int = 1
@@ -76,14 +76,18 @@ class Solver:
         self.task, self._tokenizer, self._generate, self._seed = task, tokenizer, generate, seed
 
     async def solve(self, question: Question, prefix: Sequence[str], request_id: str, sampling: Sampling) -> Solution:
-        """One completion of a prefix, sampled with the seed that belongs to the request's id."""
+        """One completion of a prefix, sampled with the seed that belongs to the request's id.
+
+        The prefix counts towards `max_tokens`; where it leaves nothing, one token is sampled.
+        """
         prompt = encode(self._tokenizer, self.task.prompt(question.text), prefix)
+        left = sampling.max_tokens - (len(prompt.ids) - prompt.prompt_length)
         completion = await self._generate(
             GenerateRequest(
                 id=request_id,
                 prompt_ids=tuple(prompt.ids),
                 seed=seed_of(self._seed, request_id),
-                sampling=sampling,
+                sampling=replace(sampling, max_tokens=max(1, left)),
             )
         )
         steps = self.task.split(completion.text)

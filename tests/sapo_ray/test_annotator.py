@@ -57,9 +57,7 @@ class Reasoner:
         return Completion(request.id, text, tuple(TOKENIZER.encode(text)), finished, len(request.prompt_ids), 0)
 
 
-def annotate(
-    generate: Callable[[GenerateRequest], Any], trajectory: Trajectory = WRONG, **config: Any
-) -> Annotation:
+def annotate(generate: Callable[[GenerateRequest], Any], trajectory: Trajectory = WRONG, **config: Any) -> Annotation:
     """Label one trajectory; afterwards no task may be left, whether that succeeds or fails."""
     labeling = LabelingConfig(**{"rollouts": ROLLOUTS, **config})
     solver = Solver(TASK, TOKENIZER, generate, seed=5)
@@ -141,7 +139,7 @@ def test_saps_by_hand() -> None:
     assert [(e.step, e.value, e.successes, e.tried) for e in row.estimates] == [(1, 1, 1, 3), (2, 0, 0, 4)]
     assert row.estimates[0].rollout_ids == tuple(f"round-1/s/q/0/step-1/{k}" for k in range(3))
     assert (annotation.checks, len(annotation.rollouts)) == (2, 7)
-    prompts = {TOKENIZER.decode(request.prompt_ids) for request in reasoner.requests}
+    prompts = {TOKENIZER.decode(list(request.prompt_ids)) for request in reasoner.requests}
     assert prompts == {"7+3*7-5+1+2\n7+3=0\n0*7=1\n", "7+3*7-5+1+2\n7+3=0\n0*7=1\n1-5=6\n"}
     assert [(e.branch_step, e.step_labels, e.trajectory.correct) for e in expanded] == [
         (1, (1, 1, 1, 1), True),
@@ -179,7 +177,7 @@ def test_a_right_trajectory_needs_no_rollout() -> None:
 
 def test_the_last_step_is_checked_where_no_answer_was_read() -> None:
     cut_off = Trajectory("s/q/2", "q", QUESTION.text, ("7+3=0\n", "0*"), None, correct=False, truncated=True)
-    annotation = annotate(Reasoner({**always(right=False), (1, 0): "7=0\n0-5=5\n=8\n"}), cut_off, labeler="omega")
+    annotation = annotate(Reasoner({**always(right=False), (1, 0): "7=0\n0-5=5\n=8\n"}), cut_off, labeler="shepherd")
     assert annotation.labelled[0].step_labels == (1, 1)
     assert annotation.labelled[1].trajectory.steps == ("7+3=0\n", "0*", "7=0\n", "0-5=5\n", "=8\n")
 
@@ -202,7 +200,7 @@ def test_without_expansion_there_is_one_row() -> None:
     assert len(annotation.rollouts) == 2 * ROLLOUTS
 
 
-def test_labels_have_the_same_rows_as_label_correct_gives() -> None:
+def test_an_original_solution_gets_a_row_without_a_labeler() -> None:
     labeling = LabelingConfig()
     solver = Solver(TASK, TOKENIZER, Reasoner({}), seed=0)
     annotator = Annotator(solver, make_labeler(labeling, 0.9, 0), labeling, Sampling())

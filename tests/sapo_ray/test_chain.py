@@ -148,7 +148,7 @@ def test_as_many_names_as_there_are_can_be_used() -> None:
 def test_more_problems_than_exist_are_refused() -> None:
     """Modulo 3 with operands 1 and 2: 3 starts and 6 operations make 18 problems of one step."""
     tiny: dict[str, Any] = {"modulus": 3, "max_operand": 2, "min_steps": 1, "max_steps": 1, "ood_min_steps": 2}
-    sizes = {"test": 4, "validation": 4, "worked": 4, "ood": 0}
+    sizes: dict[str, Any] = {"test": 4, "validation": 4, "worked": 4, "ood": 0}
     assert len(Chain(ChainConfig(**tiny, **sizes, pool=6)).questions("pool")) == 6
     with pytest.raises(SapoError, match=r"task\.pool is 7, but only 6 problems .* are found"):
         Chain(ChainConfig(**tiny, **sizes, pool=7)).questions("test")

@@ -55,11 +55,12 @@ def test_results_come_in_order_and_no_more_than_the_limit_is_begun(count: int, l
 
     def source() -> Iterator[int]:
         nonlocal taken
-        for taken in range(1, count + 1):
+        while taken < count:
+            taken += 1
             yield taken
 
     async def main() -> None:
-        results = []
+        results: list[int] = []
         async for result in ordered(source(), work, limit):
             assert taken - len(results) <= limit
             results.append(result)
@@ -73,11 +74,10 @@ def test_a_failure_is_raised_in_its_turn_and_ends_the_rest() -> None:
     work = Work(fails=3)
 
     async def main() -> None:
-        results = []
+        stream = ordered(range(100), work, 8)
+        assert [await anext(stream) for _ in range(3)] == [0, 1, 4]
         with pytest.raises(LookupError, match="item 3"):
-            async for result in ordered(range(100), work, 8):
-                results.append(result)
-        assert results == [0, 1, 4]
+            await anext(stream)
 
     run(main)
     assert work.running == 0

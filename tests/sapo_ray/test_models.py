@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sapo_ray.models import Calibration, RandomModelConfig, parameter_count, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY
 
-CONFIG = RandomModelConfig(hidden_size=16, layers=2, heads=2, intermediate_size=24, max_length=64)
+CONFIG = RandomModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=24, max_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_directory_without_weights_has_none_to_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "named"),
-    [({"layers": 0}, "layers is 0"), ({"hidden_size": 20, "heads": 4}, "hidden_size is 20; .* 2 \\* heads, 8")],
+    [({"layers": 0}, "layers is 0"), ({"hidden_size": 96, "heads": 2}, "hidden_size is 96; .* 64")],
 )
 def test_impossible_configs_are_named(keys: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=f"^{named}"):

@@ -70,7 +70,7 @@ def test_requests_carry_prompt_seed_and_decoding() -> None:
     unique(reasoner, samples=3, max_samples=3, temperature=0.7, top_p=0.9, max_tokens=11, stop=["#"])
     assert [r.id for r in reasoner.requests] == ["round-1/q/0", "round-1/q/1", "round-1/q/2"]
     for request in reasoner.requests:
-        assert TOKENIZER.decode(request.prompt_ids) == "7+3*7\n"
+        assert TOKENIZER.decode(list(request.prompt_ids)) == "7+3*7\n"
         assert request.seed == seed_of(5, request.id)
         decoding = request.sampling
         assert (decoding.temperature, decoding.top_p, decoding.max_tokens, decoding.stop) == (0.7, 0.9, 11, ("#",))

@@ -1,0 +1,70 @@
+"""docs/config.md, made from the config's dataclasses: `python -m launch.config_docs > docs/config.md`."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import Key, describe, field_docs
+
+_INTRODUCTION = """\
+# Config keys
+
+Made from the code by `python -m launch.config_docs > docs/config.md`; do not edit.
+
+A config is a YAML file. Every key has a default, so a file names only what it changes:
+
+```yaml
+extends: local.yaml     # start from another file, relative to this one
+rounds: 3
+task: {pool: 12000}     # sections are mappings …
+sampling.questions: 3000  # … and dotted keys mean the same
+```
+
+Later sources win: the file that `extends` names, the file itself, then `key=value` arguments in their order:
+
+```
+sapo run configs/local.yaml rounds=3 task.pool=12000 sampling.stop='["##"]'
+```
+
+Mappings are merged key by key, lists are replaced, and `${section.key}` stands for another key's value. The run
+directory's `config.yaml` holds every key as the run used it.
+
+A mistake ends the command with exit status 2 and one line, before anything is written or started. It names the file (or
+the command line), the key, and what is allowed:
+
+```
+error: my.yaml: sampling.temprature is not a key; did you mean sampling.temperature?
+error: command line: sft.epochs is 'many'; it must be int
+error: my.yaml: pairs.eta is 2.0; scores lie in 0 … 1, so it must lie between -1 and 1
+```
+
+Keys below stand without the name of their section: `samples` under *sampling* is `sampling.samples`."""
+
+
+def config_docs() -> str:
+    """The text of docs/config.md. A section that repeats the keys of an earlier one lists only those it adds."""
+    meanings = field_docs(RunConfig)
+    parts, tables = [_INTRODUCTION], dict[str, list[str]]()
+    for section, keys in groupby(describe(RunConfig), lambda key: key.name.rpartition(".")[0]):
+        rows = [_row(key) for key in keys]
+        base = next((name for name, earlier in tables.items() if set(earlier) <= set(rows)), None)
+        tables[section] = rows
+        parts += [f"## {section}", meanings[section]] if section else ["## The run"]
+        if base is not None:
+            rows = [row for row in rows if row not in tables[base]]
+            parts.append(f"The keys of [{base}](#{base}){', and:' if rows else '.'}")
+        if rows:
+            parts.append("\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(key: Key) -> str:
+    default = key.default if isinstance(key.default, str) else json.dumps(key.default)
+    cells = (f"`{key.name.rpartition('.')[2]}`", key.type, f"`{default}`", " ".join(key.doc.split()))
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(config_docs(), end="")

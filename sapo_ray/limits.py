@@ -1,0 +1,75 @@
+"""Whether a config's token limits leave room for its problems: seen before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+from sapo_ray.config import RunConfig
+from sapo_ray.errors import SapoError
+from sapo_ray.tasks.base import SPLITS, Split, Task
+
+
+def check_engine_length(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises SapoError where a question and its longest solution exceed the engine's `max_model_len`."""
+    _require(config, "engine.max_model_len", _Lengths(task, tokenizer).prompt(SPLITS))
+
+
+def check_run_lengths(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises SapoError where a stage of a run would meet a sequence longer than its limit allows.
+
+    A training that leaves long examples out (`too_long: drop`) has no limit of this kind.
+    """
+    lengths = _Lengths(task, tokenizer)
+    _require(config, "engine.max_model_len", lengths.prompt(SPLITS))
+    if config.engine.max_model_len > config.model.max_length:
+        raise SapoError(
+            f"engine.max_model_len is {config.engine.max_model_len}; it must be at most model.max_length = "
+            f"{config.model.max_length}"
+        )
+    worked = lengths.worked()
+    for name in ("sft", *(["prm"] if config.verify else []), *(["align"] if config.rounds else [])):
+        training = getattr(config, name)
+        if training.too_long == "drop":
+            continue
+        if training.max_tokens < worked:
+            raise SapoError(
+                f"{name}.max_tokens is {training.max_tokens}; it must be at least {worked}, the length of the longest "
+                f"worked solution with its question (or set {name}.too_long to drop)"
+            )
+        if name != "sft":
+            _require(config, f"{name}.max_tokens", lengths.prompt(("worked", "pool")))
+
+
+class _Lengths:
+    """The longest of a task's texts, in tokens."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._task, self._tokenizer = task, tokenizer
+
+    def prompt(self, splits: Iterable[Split]) -> int:
+        prompts = [self._task.prompt(q.text) for split in splits for q in self._task.questions(split)]
+        return max(self._count(prompts, special=True), default=0)
+
+    def worked(self) -> int:
+        """With its question and the end of the sequence. Steps are encoded one by one, as in training."""
+        questions = self._task.questions("worked")
+        prompts = self._count([self._task.prompt(q.text) for q in questions], special=True)
+        steps = iter(self._count([step for q in questions for step in q.solution or ()], special=False))
+        solutions = [sum(next(steps) for _ in q.solution or ()) for q in questions]
+        return max((p + s + 1 for p, s in zip(prompts, solutions, strict=True)), default=0)
+
+    def _count(self, texts: list[str], *, special: bool) -> list[int]:
+        encoded = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+        return [len(ids) for ids in encoded]
+
+
+def _require(config: RunConfig, key: str, prompt: int) -> None:
+    section, _, name = key.partition(".")
+    limit, needed = getattr(getattr(config, section), name), prompt + config.sampling.max_tokens + 1
+    if limit < needed:
+        raise SapoError(
+            f"{key} is {limit}; it must be at least {needed}: {prompt} of the longest question, sampling.max_tokens = "
+            f"{config.sampling.max_tokens} of a solution, and its end"
+        )

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.pool import Pool, WorkerError
+from actors.reasoner import reasoner_pool
+from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling
+from sapo_ray.tasks.chain import VOCABULARY
+
+pytestmark = pytest.mark.engine
+
+ReasonerPool = Pool[GenerateRequest, Completion]
+GREEDY = Sampling(temperature=0.0, max_tokens=24)
+# A step of 160 tokens holds three of the prompts below and most of a fourth, whose prefill would be cut.
+CONFIG = EngineConfig(
+    cpus_per_worker=0.5,
+    max_model_len=128,
+    max_num_seqs=32,
+    max_num_batched_tokens=160,
+    kv_cache_gib=0.125,
+    batch_size=8,
+    in_flight=4,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Random reasoners of one shape, told apart by their weights."""
+    paths = {}
+    for number, name in enumerate(["tied", "other tied", "untied", "other untied"]):
+        shape = RandomModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)
+        shape.tie_embeddings = "untied" not in name
+        path = tmp_path_factory.mktemp("reasoner")
+        save_random_reasoner(shape, VOCABULARY, number, path)
+        _spread(path)
+        paths[name] = str(path)
+    return paths
+
+
+def _spread(path: Path) -> None:
+    """Make the weights large enough for greedy choices to be clear, and thus to tell two models apart."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.mul_(8.0)
+    model.save_pretrained(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Session:
+    """One engine for the whole module, in a loop that outlives each test."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.pool = reasoner_pool(CONFIG, checkpoint)
+        self.run(self.pool.start())
+
+    def run(self, work: Awaitable[Any]) -> Any:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
+
+    def generate(self, requests: list[GenerateRequest]) -> list[Completion]:
+        async def all_of_them() -> list[Completion]:
+            return await asyncio.gather(*map(self.pool.submit, requests))
+
+        return self.run(all_of_them())
+
+    def load(self, checkpoint: str) -> None:
+        self.run(self.pool.broadcast("load", checkpoint))
+
+
+@pytest.fixture(scope="module")
+def session(checkpoints: dict[str, str]) -> Iterator[Session]:
+    session = Session(checkpoints["tied"])
+    yield session
+    session.run(session.pool.close())
+
+
+@pytest.fixture(scope="module")
+def untied(checkpoints: dict[str, str]) -> Iterator[Session]:
+    session = Session(checkpoints["untied"])
+    yield session
+    session.run(session.pool.close())
+
+
+def prompts(count: int, length: int = 44) -> list[list[int]]:
+    rng = random.Random(count)
+    return [[rng.randrange(2, 2 + len(VOCABULARY)) for _ in range(length)] for _ in range(count)]
+
+
+def requests(ids: list[list[int]], sampling: Sampling) -> list[GenerateRequest]:
+    return [GenerateRequest(f"r{seed}", prompt, seed, sampling) for seed, prompt in enumerate(ids)]
+
+
+def greedy(checkpoint: str, ids: list[list[int]]) -> list[tuple[int, ...]]:
+    """What transformers generates, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    made = []
+    for prompt in ids:
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=GREEDY.max_tokens, do_sample=False)
+        made.append(tuple(output[0, len(prompt) :].tolist()))
+    return made
+
+
+def assert_greedy(session: Session, checkpoint: str) -> None:
+    ids = prompts(6)
+    found = session.generate(requests(ids, GREEDY))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for completion, expected in zip(found, greedy(checkpoint, ids), strict=True):
+        assert completion.token_ids == expected
+        assert completion.text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert completion.finished == (expected[-1] == tokenizer.eos_token_id)
+        assert completion.generated_tokens == len(expected)
+
+
+def test_greedy_equals_transformers_after_the_start_and_after_reloads(
+    session: Session, checkpoints: dict[str, str]
+) -> None:
+    assert greedy(checkpoints["tied"], prompts(6)) != greedy(checkpoints["other tied"], prompts(6))
+    for name in ["tied", "other tied", "tied"]:
+        session.load(checkpoints[name])
+        assert_greedy(session, checkpoints[name])
+
+
+def test_greedy_equals_transformers_with_untied_embeddings(untied: Session, checkpoints: dict[str, str]) -> None:
+    assert_greedy(untied, checkpoints["untied"])
+    untied.load(checkpoints["other untied"])
+    assert_greedy(untied, checkpoints["other untied"])
+
+
+def test_a_seed_gives_the_same_tokens_in_batches_of_eight_and_of_three(session: Session) -> None:
+    """The batches of eight do not fit one step of the engine, which without our guard would die of it."""
+    asked = requests(prompts(24), Sampling(temperature=1.0, top_p=0.95, max_tokens=32))
+    of_eight = [c for i in range(0, 24, 8) for c in session.generate(asked[i : i + 8])]
+    session.run(session.pool.broadcast("reset_prefix_cache"))
+    of_three = [c for i in range(0, 24, 3) for c in session.generate(asked[i : i + 3])]
+    assert [c.token_ids for c in of_eight] == [c.token_ids for c in of_three]
+    other_seeds = session.generate([replace(request, seed=request.seed + 100) for request in asked])
+    assert sum(a.token_ids == b.token_ids for a, b in zip(of_eight, other_seeds, strict=True)) < 3
+
+
+def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(session: Session) -> None:
+    asked = requests(prompts(8), Sampling(temperature=1.0, max_tokens=64, ignore_eos=True))
+    stop = session.generate(asked)[0].text[5:7]
+    for whole, stopped in zip(
+        session.generate(asked),
+        session.generate([replace(r, sampling=replace(r.sampling, stop=(stop,))) for r in asked]),
+        strict=True,
+    ):
+        assert stopped.text == whole.text.split(stop)[0]
+        assert stopped.finished == (stop in whole.text)
+
+
+def test_prefixes_are_cached_until_new_weights_come(session: Session, checkpoints: dict[str, str]) -> None:
+    session.load(checkpoints["tied"])
+    asked = requests(prompts(1, length=80), GREEDY)
+    assert [c.cached_tokens for c in session.generate(asked)] == [0]
+    (again,) = session.generate(asked)
+    assert (again.prompt_tokens, again.cached_tokens) == (80, 64)  # whole blocks of 32
+    session.load(checkpoints["tied"])
+    assert [c.cached_tokens for c in session.generate(asked)] == [0]
+
+
+def test_a_prompt_that_does_not_fit_fails_alone_and_by_name(session: Session) -> None:
+    long, *others = requests([*prompts(1, length=200), *prompts(3)], GREEDY)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(*map(session.pool.submit, [long, *others]), return_exceptions=True)
+
+    refused, *answered = session.run(both())
+    assert isinstance(refused, ValueError)
+    assert "request r0" in str(refused)
+    assert "128" in str(refused)
+    assert all(isinstance(completion, Completion) for completion in answered)
+
+
+def test_a_missing_checkpoint_is_named_and_the_engine_keeps_its_weights(
+    session: Session, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    session.load(checkpoints["tied"])
+    with pytest.raises(WorkerError, match=f"no checkpoint to load at {tmp_path}"):
+        session.load(str(tmp_path))
+    assert_greedy(session, checkpoints["tied"])
+
+
+def test_an_engine_that_cannot_start_gives_its_own_cause(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=f"vLLM engine for {tmp_path} did not start: .*config.json") as caught:
+        Session(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_engine_that_fails_in_its_own_process_gives_its_own_cause(checkpoints: dict[str, str]) -> None:
+    async def start() -> None:
+        await reasoner_pool(replace(CONFIG, kv_cache_gib=1e6), checkpoints["tied"]).start()
+
+    with pytest.raises(WorkerError, match="Available memory .* is less than requested") as caught:
+        asyncio.run(start())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dead_worker_takes_its_engine_along_and_the_next_one_answers_as_before(
+    untied: Session, checkpoints: dict[str, str]
+) -> None:
+    before = {process.pid for process in engine_processes()}
+    assert before
+    untied.run(untied.pool.close())
+    gone, alive = psutil.wait_procs([p for p in engine_processes() if p.pid in before], timeout=20)
+    untied.pool = reasoner_pool(CONFIG, checkpoints["untied"])
+    untied.run(untied.pool.start())
+    assert_greedy(untied, checkpoints["untied"])
+
+
+def engine_processes() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if p.name().startswith("VLLM::EngineCore")]

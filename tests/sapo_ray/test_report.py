@@ -1,0 +1,156 @@
+"""What a run says about itself: counts, warning signs at their thresholds, and the shape of summary.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from sapo_ray.annotator import Annotation
+from sapo_ray.cost import Cost
+from sapo_ray.data import Case, LabelledTrajectory, Trajectory
+from sapo_ray.report import StreamReport, summary, warning_signs
+
+
+def trajectory(name: str, steps: str, *, correct: bool = False, answer: str | None = "1") -> Trajectory:
+    return Trajectory(name, "q", "?", tuple(steps), answer, correct, truncated=answer is None)
+
+
+def labelled(
+    trajectory: Trajectory,
+    labels: tuple[int, ...],
+    case: Case | None = None,
+    scores: tuple[float, ...] | None = None,
+    parent: str | None = None,
+) -> LabelledTrajectory:
+    return LabelledTrajectory(trajectory, "saps", labels, scores=scores, case=case, parent_id=parent)
+
+
+def test_stream_report_by_hand() -> None:
+    report = StreamReport(start_score=0.9)
+    right, wrong, cut = trajectory("r", "ab", correct=True), trajectory("w", "aa"), trajectory("c", "x", answer=None)
+    expansion = labelled(trajectory("e", "ac"), (1, 0), parent="w")
+    again = labelled(right, (0, 0), parent="w")
+    report.add(
+        [right, wrong, cut],
+        [
+            Annotation([labelled(right, (1, 1), "correct")]),
+            Annotation([labelled(wrong, (1, -1), "b", (0.8, 0.2)), expansion, again]),
+        ],
+    )
+    report.add([cut], [])
+    report.add([], [])
+    assert report.notes() == {
+        "trajectories": {
+            "sampled": 4,
+            "correct": 1,
+            "truncated": 2,
+            "unanswered_questions": 2,
+            "expanded": 1,
+        },
+        "cases": {"correct": 1, "b": 1},
+        "step_labels": {"right": 4, "wrong": 1, "masked": 1},
+        "mean_largest_drop": pytest.approx(0.6),
+        "repetitiveness": pytest.approx((0.5 / 3 + 0) / 2),
+    }
+
+
+def test_a_stream_of_nothing_has_null_figures() -> None:
+    notes = StreamReport(start_score=None).notes()
+    assert notes["mean_largest_drop"] is None
+    assert notes["repetitiveness"] is None
+
+
+def signs(before: dict[str, Any], now: dict[str, Any], errors: Sequence[float | None] = (None, None)) -> list[str]:
+    notes = {
+        "round-1/sample": before,
+        "round-2/sample": now,
+        "round-1/self-verification": {"all": errors[0]},
+        "round-2/self-verification": {"all": errors[1]},
+    }
+    return [sign.split(":")[0] for sign in warning_signs(2, notes)]
+
+
+@pytest.mark.parametrize(
+    ("drop", "repeats", "error", "expected"),
+    [
+        (0.21, 0.2, 0.59, []),
+        (0.19, 0.2, 0.59, ["score drops flatten"]),
+        (0.21, 0.21, 0.59, ["samples are repetitive"]),
+        (0.21, 0.2, 0.61, ["self-verification error rises"]),
+        (0.9, 0.0, 0.1, []),
+        (0.0, 1.0, 1.0, ["score drops flatten", "self-verification error rises", "samples are repetitive"]),
+        (None, None, None, []),
+    ],
+)
+def test_each_warning_sign_comes_at_its_threshold(
+    drop: float | None, repeats: float | None, error: float | None, expected: list[str]
+) -> None:
+    before = {"mean_largest_drop": 0.4, "repetitiveness": 0.9}
+    assert signs(before, {"mean_largest_drop": drop, "repetitiveness": repeats}, (0.5, error)) == expected
+
+
+def test_without_a_round_before_there_is_nothing_to_compare_with() -> None:
+    assert signs({}, {"mean_largest_drop": 0.0}, (None, 1.0)) == []
+    assert warning_signs(0, {}) == []
+    alone = {"round-0/sample": {"repetitiveness": 0.5}}
+    assert warning_signs(0, alone) == ["samples are repetitive: 50% of a solution's steps repeat an earlier one"]
+
+
+TEST = {"greedy_accuracy": 0.5, "n": 4, "ci95": [0.15, 0.85], "pass_at_k": 0.75}
+VERIFIER = {"step_accuracy": 0.9, "auroc": 0.8, "brier": 0.1, "first_error_hit_rate": 0.6}
+NOTES: dict[str, Any] = {
+    "round-0/sft": {"updates": 3, "cost": {"trained_tokens": 10, "flops": 60.0}, "seconds": 1.5},
+    "round-0/sample": {
+        "labels": 7,
+        "repetitiveness": 0.0,
+        "cost": {"checks": 2, "generated_tokens": 5},
+        "seconds": 2.0,
+    },
+    "round-0/self-verification": {"right": 0.1, "wrong": 0.3, "all": 0.2, "trajectories": 9},
+    "round-0/evaluate": {
+        "test": TEST,
+        "ood": TEST,
+        "verifier": VERIFIER,
+        "cost": {"generated_tokens": 3},
+        "seconds": 4,
+    },
+    "round-0/warnings": {"signs": ["look out"]},
+    "round-1/evaluate": {"test": TEST, "ood": TEST, "verifier": None, "cost": {}},
+    "round-1/pairs": {"pairs": 3, "share_unlike_outcome": None, "cost": {}, "seconds": 1},
+    "round-10/sample": {"labels": 99},
+    "round-2/sample": {"labels": 1},
+}
+
+
+def test_the_summary_has_the_promised_shape() -> None:
+    zero, one = summary(NOTES, rounds=2)["rounds"]
+    assert (zero["round"], zero["test"], zero["ood"]) == (0, TEST, TEST)
+    assert {key: zero["verifier"][key] for key in VERIFIER} == VERIFIER
+    assert zero["verifier"]["self_verification_error"] == 0.2
+    assert zero["verifier"]["self_verification"] == {"trained_from": {"right": 0.1, "wrong": 0.3, "all": 0.2}}
+    assert zero["samples"] == {"labels": 7, "repetitiveness": 0.0}
+    assert zero["cost"] == {
+        **Cost(checks=2, generated_tokens=8, trained_tokens=10, flops=60.0).as_dict(),
+        "seconds": {"sft": 1.5, "sample": 2.0, "evaluate": 4},
+    }
+    assert (zero["pairs"], zero["warnings"]) == (None, ["look out"])
+
+    assert (one["round"], one["verifier"], one["samples"], one["warnings"]) == (1, None, None, [])
+    assert one["pairs"] == {"pairs": 3, "share_unlike_outcome": None}
+    assert one["cost"]["generated_tokens"] == 0
+    assert zero.keys() == one.keys() >= {"round", "test", "ood", "verifier", "cost"}
+
+
+def test_only_rounds_that_were_evaluated_are_summed_up() -> None:
+    assert [entry["round"] for entry in summary(NOTES, rounds=0)["rounds"]] == [0]
+    assert summary({}, rounds=3) == {"rounds": []}
+    assert json.loads(json.dumps(summary(NOTES, rounds=2))) == summary(NOTES, rounds=2)
+
+
+def test_costs_add_up_field_by_field() -> None:
+    cost = Cost(checks=1, flops=2.0)
+    cost += Cost(checks=2, rollouts=3, flops=0.5)
+    assert cost == Cost(checks=3, rollouts=3, flops=2.5)
