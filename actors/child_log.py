@@ -16,8 +16,8 @@ class ChildLog:
 
     def cause(self, error: BaseException) -> str:
         """The last error in the log, in one line; `error` itself where the log has none."""
-        found = re.findall(r"\b(\w+(?:Error|Exception): \S.*)", self._text())
-        return found[-1] if found else f"{type(error).__name__}: {error}".splitlines()[0]
+        found = re.findall(r"\b((?!EngineDeadError)\w+(?:Error|Exception): \S.*)", self._text())
+        return found[-1] if found else " ".join(f"{type(error).__name__}: {error}".split())
 
     def _text(self) -> str:
         return "".join(path.read_bytes()[start:].decode(errors="replace") for path, start in self._starts.items())

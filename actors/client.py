@@ -15,7 +15,10 @@ from sapo_ray.progress import Reporter
 
 
 class CoordinatorClient:
-    """Starts the coordinator with the first call. Use as a context manager: it and its pools are gone afterwards."""
+    """Starts the coordinator with the first call. Use as a context manager: it and its pools are gone afterwards.
+
+    Where an error or Ctrl-C ends it, nothing is waited for: Ray ends the pools with the coordinator that owns them.
+    """
 
     def __init__(self, config: RunConfig, run_path: Path, reporter: Reporter) -> None:
         self._config, self._run_path, self._reporter = config, run_path, reporter
@@ -26,10 +29,12 @@ class CoordinatorClient:
     def __enter__(self) -> CoordinatorClient:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._actor is not None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._actor is None:
+            return
+        if error is None:
             ray.get(self._actor.close.remote())
-            ray.kill(self._actor)
+        ray.kill(self._actor)
 
     def use(self, *, reasoner: str | Path | None = None, verifier: str | Path | None = None) -> None:
         """The checkpoints that the next call needs. They are loaded when it comes: a skipped stage loads nothing."""

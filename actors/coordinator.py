@@ -237,7 +237,11 @@ class Coordinator:
         return [scores async for scores in self._engines.stream(trajectories, self._engines.score)]
 
     def _start_score(self) -> float | None:
-        return self._engines.calibration.start_score if self._engines.calibration else None
+        """The loaded verifier's; 1 where its training had no right first step, None where it is not calibrated."""
+        if self._engines.calibration is None:
+            return None
+        start = self._engines.calibration.start_score
+        return 1.0 if start is None else start
 
     def _threshold(self) -> float:
         return self._engines.calibration.threshold if self._engines.calibration else 0.5

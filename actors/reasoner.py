@@ -57,7 +57,7 @@ class RolloutWorker:
         await self.reset_prefix_cache()
 
     async def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix. Raises RuntimeError while requests are running, which vLLM would let keep theirs."""
+        """Forget every cached prefix. Raises RuntimeError while requests are running, whose prefixes vLLM would keep."""
         if not await self._engine.reset_prefix_cache():
             raise RuntimeError("the prefix cache cannot be reset while requests are running")
 
@@ -70,7 +70,7 @@ class RolloutWorker:
         from vllm.inputs import tokens_input
 
         prompt = tokens_input(list(request.prompt_ids))
-        async for output in self._engine.generate(prompt, _sampling_params(request.sampling, request.seed), request.id):
+        async for output in self._engine.generate(prompt, sampling_params(request.sampling, request.seed), request.id):
             final = output
         completion = final.outputs[0]
         return Completion(
@@ -100,7 +100,8 @@ def reasoner_pool(config: EngineConfig, model: str) -> Pool[GenerateRequest, Com
     )
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> Any:
+def sampling_params(sampling: Sampling, seed: int) -> Any:
+    """vLLM's SamplingParams of one request."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(

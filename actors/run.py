@@ -16,7 +16,6 @@ from actors.client import CoordinatorClient
 from actors.trainer import Trainer
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
-from sapo_ray.errors import SapoError
 from sapo_ray.models import save_random_reasoner
 from sapo_ray.progress import Reporter
 from sapo_ray.report import summary, warning_signs
@@ -30,7 +29,11 @@ Notes = Mapping[str, Any]
 
 
 class Run:
-    """The stages of a run. Use as a context manager: its actors and workers are gone afterwards."""
+    """The stages of a run. Use as a context manager: its actors and workers are gone afterwards.
+
+    Where an error or Ctrl-C ends it, workers are not waited for, which may be at a long training: they end with Ray's
+    session.
+    """
 
     def __init__(self, config: RunConfig, store: RunDirectory, reporter: Reporter) -> None:
         self.config, self._store, self._reporter = config, store, reporter
@@ -42,10 +45,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._trainer:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._trainer and error is None:
             self._trainer.close()
-        self._coordinator.__exit__()
+        self._coordinator.__exit__(error)
 
     @property
     def base(self) -> Path:
@@ -91,15 +94,11 @@ class Run:
         stage, data = f"round-{number}/prm", self._store.dataset(number, "labels")
         if self._notes[f"round-{number}/sample"]["labels"]:
             self._train(stage, "prm", self.config.prm, init, [data], out)
-        elif number:
+            self._use(verifier=out)
+            self._stage(f"round-{number}/calibrate", lambda: self._coordinator.call("calibrate", number, str(out)))
+        else:  # not in round 0, where the worked solutions are labelled, too
             self._keep(stage, self.verifier(number - 1), out, "no trajectory was labelled")
-        else:
-            raise SapoError(
-                "round 0: no trajectory could be labelled, so there is nothing to train the first verifier on; "
-                "see round-0/trajectories, and raise sampling.max_tokens or train longer (sft.epochs)"
-            )
-        self._use(verifier=out)
-        self._stage(f"round-{number}/calibrate", lambda: self._coordinator.call("calibrate", number, str(out)))
+            self._use(verifier=out)
         self._verify_self(number, "self-verification")
 
     def make_pairs(self, number: int) -> None:

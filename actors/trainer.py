@@ -77,11 +77,12 @@ class JobBoard:
     async def progress(self) -> dict[str, float]:
         return self._progress
 
-    async def close(self) -> None:
-        """Let the workers go when they have finished what they are at."""
+    async def close(self) -> bool:
+        """Let the workers go when they have finished what they are at; whether they are at nothing."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
+        return len(self._outcomes) == len(self._jobs)
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,12 @@ class Trainer:
         return ray.get(self._group.board.progress.remote()) if self._group else {}
 
     def close(self) -> None:
-        """Let the workers go; returns when they have."""
+        """Let the workers go, and wait until they have; after an interrupted training they are not waited for."""
         if self._group is None:
             return
         group, self._group = self._group, None
-        ray.get(group.board.close.remote())
-        group.fit.exception()
+        if ray.get(group.board.close.remote()):
+            group.fit.exception()
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -207,9 +208,12 @@ def _absolute(job: TrainJob) -> TrainJob:
 
 
 def _cause(fit: Future[ray.train.Result]) -> str:
-    """The first worker's error where workers failed, else Ray Train's own."""
+    """One line: the last of every worker's error where workers failed, else Ray Train's own error."""
     error = fit.exception()
     if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
-        rank, cause = next(iter(error.worker_failures.items()))
-        return f"worker {rank}: {cause}"
-    return str(error) if error else "the workers were let go while it was training"
+        return "; ".join(f"worker {rank}: {_last_line(cause)}" for rank, cause in error.worker_failures.items())
+    return _last_line(error) if error else "the workers were let go while it was training"
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[2]

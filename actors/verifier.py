@@ -27,7 +27,7 @@ class VerifierWorker:
     def load(self, checkpoint: str) -> None:
         """Load a …ForTokenClassification with one label. Raises SapoError, naming it, for any other checkpoint."""
         device = "cuda" if self._config.gpus_per_worker else "cpu"
-        self._model = load_verifier(checkpoint, getattr(torch, self._config.dtype)).to(device)
+        self._model = load_verifier(checkpoint, getattr(torch, self._config.dtype), device)
 
     def score(self, encoded: Sequence[Encoded]) -> list[list[float]]:
         """ĉ_j of every step, one list a trajectory."""

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from transformers import AutoTokenizer
 
+from actors.client import CoordinatorClient
 from launch.checks import Checkpoint, check_writable
 from launch.progress import ConsoleReporter
 from launch.session import ray_session
@@ -19,11 +20,13 @@ from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import Question, Trajectory
 from sapo_ray.errors import SapoError
-from sapo_ray.labelers import fixed_start_score
+from sapo_ray.labelers import LabelingConfig, fixed_start_score
 from sapo_ray.limits import check_engine_length
 from sapo_ray.models import Calibration
 from sapo_ray.store import RunDirectory, label_row, read_rows, rollout_row, trajectory_of
-from sapo_ray.tasks import SPLITS, Chain
+from sapo_ray.tasks import SPLITS, Chain, Task
+
+Item = tuple[Question, Trajectory]
 
 
 @click.command()
@@ -50,38 +53,42 @@ def label(
       sapo label configs/local.yaml runs/local/round-1/trajectories --reasoner runs/local/checkpoints/reasoner-0 \\
         --verifier runs/local/checkpoints/verifier-0 --out labels labeling.labeler=saps
     """
-    from actors.client import CoordinatorClient
-
     settings = load_config(RunConfig, config, overrides)
     _require_scores(settings, verifier)
     if Path(out).exists():
         raise SapoError(f"--out {out} exists already; name a new directory")
     check_writable("--out", Path(out))
-    check_engine_length(settings, Chain(settings.task), AutoTokenizer.from_pretrained(reasoner))
-    items = read_trajectories(settings, Path(trajectories))
-    store = RunDirectory(out)
+    task = Chain(settings.task)
+    check_engine_length(settings, task, AutoTokenizer.from_pretrained(reasoner))
+    items = read_trajectories(task, Path(trajectories))
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
-        CoordinatorClient(settings, store.path, reporter) as coordinator,
+        CoordinatorClient(settings, Path(out), reporter) as coordinator,
     ):
         coordinator.use(reasoner=reasoner, verifier=verifier)
-        annotations, notes = coordinator.call("label", items, settings.labeling, "label")
-    with closing(store.writer(0, "labels")) as labels, closing(store.writer(0, "rollouts")) as rollouts:
-        labels.extend(map(label_row, distinct(annotations)))
-        rollouts.extend(rollout_row(r) for a in annotations for r in a.rollouts)
-    figures = {"trajectories": len(items), "labels": labels.rows, **notes["cost"]}
+        figures = write_labels(coordinator, items, settings.labeling, RunDirectory(out))
     click.echo(json.dumps(figures) if as_json else "\n".join(f"{k}: {v:,}" for k, v in figures.items()))
 
 
-def read_trajectories(settings: RunConfig, path: Path) -> list[tuple[Question, Trajectory]]:
+def read_trajectories(task: Task, path: Path) -> list[Item]:
     """A file's trajectories, each with its question. Raises SapoError for a record that does not fit, or for none."""
-    task = Chain(settings.task)
     questions = {q.id: q for split in SPLITS for q in task.questions(split)}
     items = [_item(questions, row, f"{path}, record {number}") for number, row in enumerate(read_rows(path))]
     if not items:
         raise SapoError(f"{path} holds no trajectories")
     return items
+
+
+def write_labels(
+    coordinator: CoordinatorClient, items: Sequence[Item], labeling: LabelingConfig, store: RunDirectory
+) -> dict[str, Any]:
+    """Label trajectories with the coordinator's models, write labels and rollouts; what they came to and cost."""
+    annotations, notes = coordinator.call("label", items, labeling, "label")
+    with closing(store.writer(0, "labels")) as labels, closing(store.writer(0, "rollouts")) as rollouts:
+        labels.extend(map(label_row, distinct(annotations)))
+        rollouts.extend(rollout_row(r) for a in annotations for r in a.rollouts)
+    return {"trajectories": len(items), "labels": labels.rows, **notes["cost"]}
 
 
 def _require_scores(settings: RunConfig, verifier: str | None) -> None:
@@ -95,7 +102,7 @@ def _require_scores(settings: RunConfig, verifier: str | None) -> None:
         raise SapoError(f"{verifier} has no calibration.json: set labeling.start_score to a number")
 
 
-def _item(questions: Mapping[str, Question], row: Mapping[str, Any], where: str) -> tuple[Question, Trajectory]:
+def _item(questions: Mapping[str, Question], row: Mapping[str, Any], where: str) -> Item:
     try:
         trajectory = trajectory_of(row)
     except (KeyError, TypeError) as error:

@@ -15,6 +15,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 
 _PROJECT = Path(__file__).parents[1]
+_RESERVED = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
 
 
 @contextmanager
@@ -47,9 +48,6 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-_RESERVED: dict[str, str] = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
 
 
 def _check_resource(config: RunConfig, kind: str, available: float) -> None:

@@ -22,6 +22,11 @@ class AlignConfig(TrainConfig):
     beta: float = 0.1
     """Weight β of ORPO's odds-ratio term (arXiv 2403.07691, eq. 6)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta >= 0:
+            raise ValueError(f"beta is {self.beta}; it must not be negative")
+
 
 @dataclass(kw_only=True)
 class RayConfig:
@@ -31,6 +36,14 @@ class RayConfig:
     """CPUs that Ray sets aside for the coordinator; may be a fraction."""
     questions_in_flight: int = 64
     """Questions begun and not yet written: bounds memory and holds back the source."""
+
+    def __post_init__(self) -> None:
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise ValueError(f"num_cpus is {self.num_cpus}; it must be at least 1, or null")
+        if not self.coordinator_cpus >= 0:
+            raise ValueError(f"coordinator_cpus is {self.coordinator_cpus}; it must not be negative")
+        if self.questions_in_flight < 1:
+            raise ValueError(f"questions_in_flight is {self.questions_in_flight}; it must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -75,3 +88,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"rounds is {self.rounds}; it must be 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2^63 - 1")
+        for split in ("worked", "pool"):
+            if not getattr(self.task, split):
+                raise ValueError(f"task.{split} is 0; there would be nothing to learn from")
+        if not (self.verify or self.pairs.require_outcome):
+            raise ValueError("pairs.require_outcome is false; without `verify` there is nothing else to pair by")

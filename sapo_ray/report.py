@@ -73,6 +73,9 @@ def warning_signs(number: int, notes: Mapping[str, Notes]) -> list[str]:
         signs.append(f"self-verification error rises: {error:.3f} after {error_before:.3f}")
     if (repeats := stream.get("repetitiveness")) is not None and repeats > REPETITIVE:
         signs.append(f"samples are repetitive: {repeats:.0%} of a solution's steps repeat an earlier one")
+    if stream.get("labels"):
+        kinds = [kind for kind in ("right", "wrong") if not stream.get("step_labels", {}).get(kind)]
+        signs += [f"no step of a sampled solution is labelled {kind}" for kind in kinds]
     return signs
 
 

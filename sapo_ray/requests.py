@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class EngineConfig:
     """CPU threads of an engine; 0 takes `cpus_per_worker`, rounded down, and at least one."""
     tensor_parallel_size: int = 1
     """GPUs that one engine spreads its weights over."""
-    dtype: str = "float32"
-    """Type of weights and activations, as vLLM names it."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Type of weights and activations; `auto` takes the checkpoint's."""
     max_model_len: int = 512
     """Longest prompt and completion together, in tokens."""
     max_num_seqs: int = 64
@@ -85,6 +85,23 @@ class EngineConfig:
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's AsyncEngineArgs; they win over the keys above."""
 
+    def __post_init__(self) -> None:
+        _check_workers(self)
+        for key in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "block_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if self.kv_cache_gib < 0:
+            raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must not be negative")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie above 0 and at most at 1"
+            )
+        if not self.gpus_per_worker and self.max_num_batched_tokens < self.max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; on a CPU it must be at least "
+                f"max_model_len = {self.max_model_len}"
+            )
+
 
 @dataclass(kw_only=True)
 class VerifierConfig:
@@ -96,8 +113,8 @@ class VerifierConfig:
     """GPUs that Ray reserves for a worker; 0 scores on the CPU."""
     threads: int = 0
     """CPU threads of a worker; 0 takes `cpus_per_worker`, rounded down, and at least one."""
-    dtype: str = "float32"
-    """Type of weights and activations, as torch names it; scores are always fp32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of weights and activations; scores are always fp32."""
     batch_tokens: int = 4096
     """Most tokens in a forward pass, padding included; a longer trajectory gets a pass of its own."""
     batch_size: int = 32
@@ -105,7 +122,21 @@ class VerifierConfig:
     in_flight: int = 2
     """Calls a worker has at once: one that it works on, the others waiting."""
 
+    def __post_init__(self) -> None:
+        _check_workers(self)
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+
 
 def cpu_threads(config: EngineConfig | VerifierConfig) -> int:
     """The CPU threads a worker runs."""
     return config.threads or max(1, int(config.cpus_per_worker))
+
+
+def _check_workers(config: EngineConfig | VerifierConfig) -> None:
+    for key in ("workers", "batch_size", "in_flight"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key} is {getattr(config, key)}; it must be at least 1")
+    for key in ("cpus_per_worker", "gpus_per_worker", "threads"):
+        if not getattr(config, key) >= 0:
+            raise ValueError(f"{key} is {getattr(config, key)}; it must not be negative")

@@ -11,7 +11,7 @@ from sapo_ray.encoding import Encoded
 from sapo_ray.errors import SapoError
 
 
-def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """The token classifier with one label in the directory `checkpoint`, ready to score.
 
     Raises SapoError for a checkpoint of another kind, whose head would be missing or ambiguous.
@@ -24,7 +24,8 @@ def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTra
             "…ForTokenClassification with num_labels = 1"
         )
     model: PreTrainedModel = AutoModelForTokenClassification.from_pretrained(checkpoint, dtype=dtype)
-    return model.eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval()  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()

@@ -94,6 +94,14 @@ class TrainerConfig:
     max_failures: int = 3
     """Worker crashes that a group survives; the training goes on from its last mid-training checkpoint."""
 
+    def __post_init__(self) -> None:
+        for key in ("workers", "threads_per_worker"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        for key in ("cpus_per_worker", "gpus_per_worker", "max_failures"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+
 
 class Prompts(Protocol):
     """The part of a task that training needs."""

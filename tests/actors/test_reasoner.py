@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,13 @@ class Session:
 
     def __init__(self, checkpoint: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self.start(checkpoint)
+
+    def start(self, checkpoint: str) -> None:
+        others = set(_engines())
         self.pool = reasoner_pool(CONFIG, checkpoint)
         self.run(self.pool.start())
+        (self.engine,) = set(_engines()) - others
 
     def run(self, work: Awaitable[Any]) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
@@ -202,7 +208,8 @@ def test_a_missing_checkpoint_is_named_and_the_engine_keeps_its_weights(
 
 
 def test_an_engine_that_cannot_start_gives_its_own_cause(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match=f"vLLM engine for {tmp_path} did not start: .*config.json") as caught:
+    cause = f"vLLM engine for {tmp_path} did not start: .*Invalid repository ID or local directory"
+    with pytest.raises(WorkerError, match=cause) as caught:
         Session(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -211,22 +218,27 @@ def test_an_engine_that_fails_in_its_own_process_gives_its_own_cause(checkpoints
     async def start() -> None:
         await reasoner_pool(replace(CONFIG, kv_cache_gib=1e6), checkpoints["tied"]).start()
 
-    with pytest.raises(WorkerError, match="Available memory .* is less than requested") as caught:
+    with pytest.raises(WorkerError, match=r"Available memory .* is less than requested") as caught:
         asyncio.run(start())
     assert "\n" not in str(caught.value)
 
 
-def test_a_dead_worker_takes_its_engine_along_and_the_next_one_answers_as_before(
+def test_an_idle_engine_holds_no_core(session: Session) -> None:
+    session.generate(requests(prompts(3), GREEDY))
+    before = session.engine.cpu_times()
+    time.sleep(2)
+    after = session.engine.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.2  # seconds; a core that polls takes 2
+
+
+def test_a_killed_worker_takes_its_engine_along_and_the_next_one_answers_as_before(
     untied: Session, checkpoints: dict[str, str]
 ) -> None:
-    before = {process.pid for process in engine_processes()}
-    assert before
     untied.run(untied.pool.close())
-    gone, alive = psutil.wait_procs([p for p in engine_processes() if p.pid in before], timeout=20)
-    untied.pool = reasoner_pool(CONFIG, checkpoints["untied"])
-    untied.run(untied.pool.start())
+    untied.engine.wait(30)
+    untied.start(checkpoints["untied"])
     assert_greedy(untied, checkpoints["untied"])
 
 
-def engine_processes() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if p.name().startswith("VLLM::EngineCore")]
+def _engines() -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if process.name() == "VLLM::EngineCore"]

@@ -33,15 +33,6 @@ def sapo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    result = sapo("run", str(TINY), f"run_dir={path}", "--json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == RunDirectory(path).summary()
-    return RunDirectory(path)
-
-
 def test_summary_has_every_round_in_its_documented_shape(finished: RunDirectory) -> None:
     rounds = finished.summary()["rounds"]
     assert [entry["round"] for entry in rounds] == [0, 1]

@@ -1,0 +1,237 @@
+"""The training loop in this process, alone in its process group, against a plain loop in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from sapo_ray.batching import global_batches
+from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
+from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.objectives import make_objective
+from sapo_ray.objectives.base import Example, collate
+from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
+from sapo_ray.training import TrainConfig, TrainJob, TrainResult, learning_rate
+
+pytestmark = pytest.mark.engine
+
+CPU = torch.device("cpu")
+BETA = 0.2
+CHAIN = Chain(ChainConfig(worked=22, pool=1, validation=1, test=1, ood=1))
+CONFIG = TrainConfig(
+    epochs=2, batch_size=8, max_tokens=128, micro_batch_tokens=300, learning_rate=3e-3, max_grad_norm=1.0, zero_stage=0
+)
+"""22 examples: two batches of 8 and one of 6 an epoch, each of several micro-batches."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reasoner in `init`, and data for every objective."""
+    home = tmp_path_factory.mktemp("training")
+    save_random_reasoner(
+        RandomModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, home / "init"
+    )
+    records: dict[str, list[dict[str, Any]]] = {"sft": [], "prm": [], "orpo": []}
+    for i, question in enumerate(CHAIN.questions("worked")):
+        steps = list(question.solution or ())
+        common = {"question_id": question.id, "question": question.text}
+        trajectory = {**common, "trajectory_id": question.id, "steps": steps, "truncated": False}
+        labels = [-1 if j == 2 else int(j < i % 5) for j in range(len(steps))]
+        wrong = None if i % 3 == 0 else [*steps[:-1], "1+1=9\n"]
+        records["sft"].append(trajectory)
+        records["prm"].append({**trajectory, "step_labels": labels})
+        records["orpo"].append({**common, "chosen_id": question.id, "chosen": steps, "rejected": wrong})
+    for name, schema in (("sft", TRAJECTORIES), ("prm", LABELS), ("orpo", PAIRS)):
+        pq.write_table(pa.Table.from_pylist(records[name], schema=schema), home / f"{name}.parquet")
+    return home
+
+
+def job(home: Path, out: Path, objective: str = "sft", **changes: Any) -> TrainJob:
+    return TrainJob(
+        objective=objective,
+        init=str(home / "init"),
+        data=(str(home / f"{objective}.parquet"),),
+        out=str(out),
+        task=CHAIN,
+        config=replace(CONFIG, **changes),
+        seed=3,
+        params={"beta": BETA} if objective == "orpo" else {},
+    )
+
+
+def run(job: TrainJob, report: Any = lambda *_: None) -> TrainResult:
+    from actors.train_loop import train
+
+    return train(job, CPU, report)
+
+
+def plain_losses(job: TrainJob) -> list[float]:
+    """The oracle: each batch in one padded forward pass, its loss written out, torch's AdamW and nothing else."""
+    torch.manual_seed(job.seed)
+    auto = AutoModelForTokenClassification if job.objective == "prm" else AutoModelForCausalLM
+    model = auto.from_pretrained(job.init, dtype=torch.float32, **({"num_labels": 1} if job.objective == "prm" else {}))
+    model.eval()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": job.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(job.config.beta1, job.config.beta2))
+    objective = make_objective(job.objective, job.params)
+    tokenizer = AutoTokenizer.from_pretrained(job.init)
+    records = pq.read_table(job.data[0]).to_pylist()
+    examples = sorted((objective.example(r, job.task.prompt, tokenizer) for r in records), key=lambda e: e.id)
+    shapes = [e.shape for e in examples]
+    batches = [b for epoch in range(job.config.epochs) for b in global_batches(shapes, 8, job.seed, epoch)]
+    losses = []
+    for update, batch in enumerate(batches):
+        loss = written_out(
+            [examples[i] for i in batch], objective.terms(model, collate([examples[i] for i in batch], 0))
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(job.config, update, len(batches))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def written_out(batch: list[Example], terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of a global batch: means over its labelled tokens or steps, and over its pairs."""
+    labelled = sum(label != -100 for example in batch for label in example.rows[0].labels)
+    if "mse" in terms:
+        return terms["mse"] / labelled
+    pairs = sum(len(example.rows) == 2 for example in batch)
+    return terms["nll"] / labelled + (BETA * terms["odds_ratio"] / pairs if "odds_ratio" in terms else 0)
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [metrics["loss"] for metrics in result.metrics]
+
+
+@pytest.mark.parametrize("objective", ["sft", "prm", "orpo"])
+def test_the_loss_curve_is_the_plain_loop_s(home: Path, tmp_path: Path, objective: str) -> None:
+    """Micro-batches, the smaller last batch and examples without a pair are all weighted right."""
+    asked = job(home, tmp_path / "out", objective)
+    result = run(asked)
+    assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
+    assert result.updates == 6
+    assert result.examples == 22
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
+)
+def test_an_interrupted_training_goes_on_from_its_checkpoint(
+    home: Path, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    """Its losses are those of an undisturbed one, and in fp32 those of ZeRO 0."""
+
+    class Interruption(Exception):
+        pass
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        raise Interruption
+
+    asked = job(home, tmp_path / "out", zero_stage=stage, dtype=dtype, checkpoint_every=1)
+    with pytest.raises(Interruption):
+        run(asked, interrupt)
+    assert not Path(asked.out).exists()
+    result = run(asked)
+    undisturbed = run(job(home, tmp_path / "undisturbed", zero_stage=stage, dtype=dtype))
+    assert result.resumed_from > 0
+    assert losses(result) == pytest.approx(losses(undisturbed), abs=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+    if dtype == "fp32":
+        assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
+
+
+def test_a_checkpoint_of_another_job_is_not_gone_on_from(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import JobError
+
+    out = tmp_path / "out"
+    run(job(home, out))
+    assert run(job(home, out)).updates == 6
+    with pytest.raises(JobError, match=r"out/training.json: learning_rate was 0.003 and is now 0.1"):
+        run(job(home, out, learning_rate=0.1))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bf16_trains_on_fp32_master_weights(home: Path, tmp_path: Path, stage: int) -> None:
+    """Near 1, where norms begin, bf16 cannot tell 1 from 1 - 1e-3: no single update would move them."""
+    changes = {"zero_stage": stage, "learning_rate": 2e-4, "epochs": 20, "weight_decay": 0.0, "schedule": "constant"}
+    result = run(job(home, tmp_path / "bf16", dtype="bf16", **changes))
+    trained = AutoModelForCausalLM.from_pretrained(result.checkpoint, dtype="auto")
+    assert trained.dtype == torch.bfloat16
+    assert (trained.model.norm.weight != 1).any()
+    full = run(job(home, tmp_path / "fp32", **changes))
+    assert losses(result) == pytest.approx(losses(full), abs=5e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(home: Path, tmp_path: Path) -> None:
+    for stage in (1, 3):
+        results = [
+            run(job(home, tmp_path / f"{stage}-{on}", zero_stage=stage, epochs=1, gradient_checkpointing=on))
+            for on in (False, True)
+        ]
+        assert losses(results[0]) == pytest.approx(losses(results[1]), abs=1e-6)
+
+
+def test_a_verifier_is_exported_for_transformers(home: Path, tmp_path: Path) -> None:
+    result = run(job(home, tmp_path / "out", "prm", epochs=1))
+    model, info = AutoModelForTokenClassification.from_pretrained(result.checkpoint, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.config.num_labels == 1
+    assert model.dropout.p == 0
+
+
+def test_long_examples_stop_the_training_or_are_counted(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import JobError
+
+    with pytest.raises(JobError, match=r"sft.parquet: worked-\d+ has \d+ tokens, more than max_tokens = 60"):
+        run(job(home, tmp_path / "out", max_tokens=60))
+    result = run(job(home, tmp_path / "out", max_tokens=60, too_long="drop"))
+    assert result.too_long > 0
+    assert result.examples + result.too_long == 22
+    with pytest.raises(JobError, match=r"nothing to train on \(22 too long, 0 empty\)"):
+        run(job(home, tmp_path / "none", max_tokens=5, too_long="drop"))
+
+
+def test_a_row_with_nothing_to_learn_from_is_counted(home: Path, tmp_path: Path) -> None:
+    records = pq.read_table(home / "prm.parquet").to_pylist()
+    records[0]["step_labels"] = [-1] * len(records[0]["steps"])
+    records[1] = {**records[1], "steps": [], "step_labels": []}
+    pq.write_table(pa.Table.from_pylist(records, schema=LABELS), tmp_path / "masked.parquet")
+    result = run(replace(job(home, tmp_path / "out", "prm", epochs=1), data=(str(tmp_path / "masked.parquet"),)))
+    assert (result.examples, result.empty) == (20, 2)
+
+
+def test_a_loss_that_is_no_number_names_the_update_and_its_batch(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import JobError
+
+    with pytest.raises(JobError, match=r"out: the (loss|gradient norm) of update \d+ is (nan|inf); its batch: worked-"):
+        run(job(home, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0, warmup_ratio=0.0))
+    assert not (tmp_path / "out").exists()

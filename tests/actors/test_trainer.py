@@ -1,0 +1,171 @@
+"""Trainings on real Ray Train worker groups: one of one worker, one of two, kept for the whole module."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.trainer import Trainer, TrainingError
+from sapo_ray.data import PAIRS
+from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
+from sapo_ray.training import TrainConfig, TrainerConfig, TrainJob, TrainResult
+
+pytestmark = pytest.mark.engine
+
+CHAIN = Chain(ChainConfig(worked=21, pool=1, validation=1, test=1, ood=1))
+CONFIG = TrainConfig(epochs=2, batch_size=10, max_tokens=128, micro_batch_tokens=512, learning_rate=3e-3)
+"""21 examples: batches of 10, 10 and 1, so that the second of two workers has nothing in an epoch's last update."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random reasoner in `init` and pairs, a third of them without a rejected solution."""
+    home = tmp_path_factory.mktemp("trainer")
+    save_random_reasoner(
+        RandomModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, home / "init"
+    )
+    records = []
+    for i, question in enumerate(CHAIN.questions("worked")):
+        steps = list(question.solution or ())
+        wrong = None if i % 3 == 0 else [*steps[:-1], "1+1=9\n"]
+        records.append(
+            {
+                "question": question.text,
+                "chosen_id": question.id,
+                "chosen": steps,
+                "rejected_id": "w",
+                "rejected": wrong,
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(records, schema=PAIRS), home / "pairs.parquet")
+    return home
+
+
+@pytest.fixture(scope="module")
+def trainers(home: Path) -> Iterator[dict[int, Trainer]]:
+    """By number of workers. The lone worker's group survives no crash, the pair's survives one."""
+    ray.init(num_cpus=2, log_to_driver=False)
+    trainers = {
+        workers: Trainer(
+            TrainerConfig(workers=workers, cpus_per_worker=0.5, max_failures=workers - 1), home / "ray", f"of-{workers}"
+        )
+        for workers in (1, 2)
+    }
+    for trainer in trainers.values():
+        trainer.start()
+    yield trainers
+    for trainer in trainers.values():
+        trainer.close()
+    ray.shutdown()
+
+
+def job(home: Path, out: str, task: Any = CHAIN, **changes: Any) -> TrainJob:
+    return TrainJob(
+        objective="orpo",
+        init=str(home / "init"),
+        data=(str(home / "pairs.parquet"),),
+        out=str(home / out),
+        task=task,
+        config=replace(CONFIG, **changes),
+        seed=1,
+        params={"beta": 0.5},
+    )
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [metrics["loss"] for metrics in result.metrics]
+
+
+def task_that_leaves_its_pid(file: Path) -> Any:
+    """The chain task; whoever makes prompts with it adds its process id to a file. Pickled by value."""
+
+    class Traced:
+        def prompt(self, question: str) -> str:
+            with file.open("a") as lines:
+                lines.write(f"{os.getpid()}\n")
+            return question + "\n"
+
+    return Traced()
+
+
+def pids(file: Path) -> list[int]:
+    return list(dict.fromkeys(map(int, file.read_text().split())))
+
+
+def kill_after(updates: int, asked: TrainJob, file: Path) -> threading.Thread:
+    """Kill the last worker that joined when the job's mid-training checkpoint holds so many updates."""
+
+    def watch() -> None:
+        latest = Path(asked.out + ".partial", "latest.json")
+        while not latest.exists() or json.loads(latest.read_text())["progress"]["updates"] < updates:
+            time.sleep(0.01)
+        os.kill(pids(file)[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_two_workers_learn_what_one_learns_under_every_zero_stage(home: Path, trainers: dict[int, Trainer]) -> None:
+    reference: TrainResult | None = None
+    for stage in range(4):
+        for workers, trainer in trainers.items():
+            result = trainer.train(job(home, f"zero-{stage}-of-{workers}", zero_stage=stage))
+            reference = reference or result
+            assert losses(result) == pytest.approx(losses(reference), abs=1e-5)
+            assert [m["grad_norm"] for m in result.metrics] == pytest.approx(
+                [m["grad_norm"] for m in reference.metrics], rel=1e-3
+            )
+            trained, same = (AutoModelForCausalLM.from_pretrained(r.checkpoint) for r in (result, reference))
+            assert trained.dtype == torch.float32
+            torch.testing.assert_close(
+                dict(trained.named_parameters()), dict(same.named_parameters()), atol=1e-4, rtol=0
+            )
+
+
+def test_a_job_at_fault_fails_with_its_cause_and_the_group_lives_on(home: Path, trainers: dict[int, Trainer]) -> None:
+    bad = replace(job(home, "bad"), init=str(home / "missing"))
+    with pytest.raises(TrainingError, match=f"bad: .*{home / 'missing'}"):
+        trainers[2].train(bad)
+    assert trainers[2].train(job(home, "good", max_updates=1)).updates == 1
+
+
+def test_a_finished_job_is_not_trained_again(home: Path, trainers: dict[int, Trainer]) -> None:
+    first = trainers[1].train(job(home, "once", max_updates=2))
+    assert trainers[1].train(job(home, "once", max_updates=2)) == first
+
+
+def test_a_killed_worker_is_replaced_and_the_training_goes_on(
+    home: Path, trainers: dict[int, Trainer], tmp_path: Path
+) -> None:
+    lengthy = {"epochs": 20, "checkpoint_every": 1}
+    asked = job(home, "killed", task_that_leaves_its_pid(tmp_path / "pids"), **lengthy)
+    killer = kill_after(5, asked, tmp_path / "pids")
+    result = trainers[2].train(asked)
+    killer.join()
+    undisturbed = trainers[2].train(job(home, "undisturbed", **lengthy))
+    assert len(pids(tmp_path / "pids")) == 4
+    assert 5 <= result.resumed_from < 60
+    assert losses(result) == pytest.approx(losses(undisturbed), abs=1e-5)
+
+
+def test_a_group_that_crashes_too_often_is_an_error(home: Path, trainers: dict[int, Trainer], tmp_path: Path) -> None:
+    asked = job(home, "lost", task_that_leaves_its_pid(tmp_path / "pids"), epochs=20, checkpoint_every=1)
+    kill_after(5, asked, tmp_path / "pids")
+    with pytest.raises(TrainingError, match=r"lost: worker 0: .*died"):
+        trainers[1].train(asked)

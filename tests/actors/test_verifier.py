@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForTokenClassification
+
+from actors.pool import WorkerError
+from actors.verifier import verifier_pool
+from sapo_ray.encoding import Encoded
+from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.requests import VerifierConfig
+from sapo_ray.scoring import load_verifier, score
+from sapo_ray.tasks.chain import VOCABULARY
+
+pytestmark = pytest.mark.engine
+
+CONFIG = VerifierConfig(workers=2, cpus_per_worker=0.2, batch_tokens=100, batch_size=3)
+TRAJECTORIES = [Encoded(list(range(2, 12 + 4 * n)), 6, [9 + 4 * j for j in range(n)]) for n in (3, 1, 6, 2, 5, 4, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reasoner(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("reasoner")
+    shape = RandomModelConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, max_length=64)
+    save_random_reasoner(shape, VOCABULARY, 0, path)
+    return str(path)
+
+
+def save_verifier(reasoner: str, seed: int, path: Path) -> str:
+    torch.manual_seed(seed)
+    model = AutoModelForTokenClassification.from_pretrained(reasoner, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def test_a_pool_of_verifiers_scores_as_one_model_does_before_and_after_a_reload(reasoner: str, tmp_path: Path) -> None:
+    checkpoints = [save_verifier(reasoner, seed, tmp_path / str(seed)) for seed in (0, 1)]
+
+    async def scores() -> list[list[list[float]]]:
+        pool = verifier_pool(CONFIG, checkpoints[0])
+        await pool.start()
+        before = await asyncio.gather(*map(pool.submit, TRAJECTORIES))
+        await pool.broadcast("load", checkpoints[1])
+        after = await asyncio.gather(*map(pool.submit, TRAJECTORIES))
+        with pytest.raises(WorkerError, match=f"load failed: {reasoner} holds Qwen2ForCausalLM"):
+            await pool.broadcast("load", reasoner)
+        await pool.close()
+        return [before, after]
+
+    found = asyncio.run(scores())
+    assert found[0] != found[1]
+    for checkpoint, of_all in zip(checkpoints, found, strict=True):
+        expected = score(load_verifier(checkpoint), TRAJECTORIES, batch_tokens=10_000)
+        for of_one, of_one_expected in zip(of_all, expected, strict=True):
+            assert of_one == pytest.approx(of_one_expected, abs=1e-5)
+
+
+def test_a_reasoner_is_refused_at_the_start(reasoner: str) -> None:
+    with pytest.raises(WorkerError, match=rf"verifier worker \d: ready failed: {reasoner} holds Qwen2ForCausalLM"):
+        asyncio.run(verifier_pool(CONFIG, reasoner).start())

@@ -1,0 +1,127 @@
+"""`sapo label`, `sapo evaluate` and `sapo show` on what a finished run left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from actors.client import CoordinatorClient
+from launch.cli import cli
+from launch.label import read_trajectories, write_labels
+from launch.progress import ConsoleReporter
+from launch.session import ray_session
+from sapo_ray.audit import audit
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config
+from sapo_ray.data import LabelledTrajectory
+from sapo_ray.labelers import LabelingConfig
+from sapo_ray.labelers.base import LabelerName
+from sapo_ray.store import RunDirectory, labelled_of, rollout_of
+from sapo_ray.tasks import Chain
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+def sapo(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def config(finished: RunDirectory) -> Path:
+    return finished.path / "config.yaml"
+
+
+def audited(out: RunDirectory, labeling: LabelingConfig) -> list[LabelledTrajectory]:
+    """The labels in a directory, all of which follow from it."""
+    rows = [labelled_of(row) for row in out.read(0, "labels")]
+    rollouts = [rollout_of(row) for row in out.read(0, "rollouts")]
+    assert list(audit(rows, rollouts, labeling)) == []
+    return rows
+
+
+def test_label_by_command(finished: RunDirectory, config: Path, tmp_path: Path) -> None:
+    """A right trajectory costs nothing, a wrong one two checks at most, and expansion is switched off."""
+    models = ["--reasoner", finished.checkpoint("reasoner", 0), "--verifier", finished.checkpoint("verifier", 0)]
+    given = finished.dataset(1, "trajectories")
+    printed = sapo("label", config, given, *models, "--out", tmp_path / "out", "--json", "labeling.expand=false")
+    labeling = replace(load_config(RunConfig, config).labeling, expand=False)
+    rows = audited(RunDirectory(tmp_path / "out"), labeling)
+    assert [row.trajectory.id for row in rows] == [row["trajectory_id"] for row in finished.read(1, "trajectories")]
+    assert all(len(row.estimates) <= (0 if row.trajectory.correct else 2) for row in rows)
+    figures = json.loads(printed)
+    assert (figures["trajectories"], figures["labels"]) == (len(rows), len(rows))
+    assert figures["checks"] == sum(len(row.estimates) for row in rows) > 0
+    assert figures["rollouts"] == len(list(RunDirectory(tmp_path / "out").read(0, "rollouts")))
+
+
+def test_evaluate_a_reasoner_with_a_verifier(finished: RunDirectory, config: Path) -> None:
+    """The last round's evaluation, once more: the same questions, another stage and so other seeds."""
+    models = ["--reasoner", finished.checkpoint("reasoner", 1), "--verifier", finished.checkpoint("verifier", 1)]
+    figures = json.loads(sapo("evaluate", config, *models, "--json"))
+    last = finished.summary()["rounds"][-1]
+    assert figures.keys() == {"test", "ood", "verifier", "cost"}
+    for split in ("test", "ood"):
+        assert figures[split]["greedy_accuracy"] == last[split]["greedy_accuracy"]
+        assert figures[split]["n"] == last[split]["n"]
+    assert figures["test"]["k"] == 2
+    assert figures["verifier"].keys() >= {"auroc", "brier", "step_accuracy", "best_of_n_accuracy"}
+
+
+def test_evaluate_a_verifier_on_labels(finished: RunDirectory, config: Path) -> None:
+    """Against its own scores of a round's labels, which the round has stored."""
+    labels = finished.dataset(1, "labels")
+    arguments = ["--verifier", finished.checkpoint("verifier", 0), "--labels", labels]
+    figures = json.loads(sapo("evaluate", config, *arguments, "--json"))
+    assert figures.keys() == {"verifier", "cost"}
+    assert 0 <= figures["verifier"]["brier"] <= 1
+    assert figures["cost"]["generated_tokens"] == 0
+    printed = sapo("evaluate", config, *arguments)
+    assert f"{figures['verifier']['brier']:.4g}" in printed
+
+
+def test_show_prints_the_summary(finished: RunDirectory) -> None:
+    summary: dict[str, Any] = finished.summary()
+    assert json.loads(sapo("show", finished.path, "--json")) == summary
+    tables = sapo("show", finished.path)
+    for entry in summary["rounds"]:
+        assert f"{100 * entry['test']['greedy_accuracy']:.1f}" in tables
+        assert f"{entry['cost']['generated_tokens']:,}" in tables
+        assert f"{entry['verifier']['brier']:.3f}" in tables
+
+
+@pytest.fixture(scope="module")
+def coordinator(finished: RunDirectory, config: Path) -> Iterator[CoordinatorClient]:
+    """One engine for every labeler. Holds Ray until the last test of this file."""
+    settings = load_config(RunConfig, config)
+    with (
+        ray_session(settings),
+        ConsoleReporter() as reporter,
+        CoordinatorClient(settings, finished.path, reporter) as client,
+    ):
+        client.use(reasoner=finished.checkpoint("reasoner", 0), verifier=finished.checkpoint("verifier", 0))
+        yield client
+
+
+@pytest.mark.parametrize("labeler", ["saps", "shepherd", "omega", "random", "outcome"])
+def test_every_labeler_writes_what_its_labels_follow_from(
+    finished: RunDirectory, config: Path, coordinator: CoordinatorClient, tmp_path: Path, labeler: LabelerName
+) -> None:
+    settings = load_config(RunConfig, config)
+    labeling = replace(settings.labeling, labeler=labeler)
+    items = read_trajectories(Chain(settings.task), finished.dataset(1, "trajectories"))
+    figures = write_labels(coordinator, items, labeling, RunDirectory(tmp_path))
+    rows = audited(RunDirectory(tmp_path), labeling)
+    given = [row for row in rows if row.parent_id is None]
+    assert [row.trajectory for row in given] == [trajectory for _, trajectory in items]
+    assert {row.labeler for row in rows} == {labeler}
+    assert (figures["labels"], figures["checks"]) == (len(rows), sum(len(row.estimates) for row in given))
+    most = {"saps": 2, "random": 2, "outcome": 0}.get(labeler)
+    assert all(len(row.estimates) <= (len(row.step_labels) if most is None else most) for row in given)

@@ -1,0 +1,210 @@
+"""A user's likely mistakes: one line that says what is wrong, exit status 2, nothing written and nothing started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import ray
+from click.testing import CliRunner
+from transformers import AutoModelForTokenClassification
+
+from launch.cli import cli
+from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.sampler import original_trajectory
+from sapo_ray.store import RunDirectory, trajectory_row
+from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints and data sets that are sound, broken or of the wrong kind."""
+    folder = tmp_path_factory.mktemp("files")
+    save_random_reasoner(
+        RandomModelConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32), VOCABULARY, 0, folder / "reasoner"
+    )
+    verifier = AutoModelForTokenClassification.from_pretrained(folder / "reasoner", num_labels=1)
+    verifier.save_pretrained(folder / "verifier")
+    (folder / "weightless").mkdir()
+    (folder / "weightless" / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
+    (folder / "text.parquet").write_text("no Parquet")
+    data = RunDirectory(folder)
+    with closing(data.writer(0, "trajectories")) as writer:
+        questions = Chain(ChainConfig(modulus=7, max_operand=6, worked=3)).questions("worked")
+        writer.extend(trajectory_row(original_trajectory(q)) for q in questions)
+    data.writer(1, "trajectories").close()
+    data.writer(1, "labels").close()
+    broken = folder / "broken"
+    broken.mkdir()
+    (broken / "config.yaml").write_text("rounds: many\n")
+    (broken / "summary.json").write_text("{")
+    begun = folder / "begun"
+    begun.mkdir()
+    (begun / "config.yaml").write_text("rounds: 1\n")
+    return folder
+
+
+def mistake(*arguments: str, folder: Path) -> str:
+    """The one line with which the command refuses `arguments`."""
+    before = _tree(folder)
+    result = CliRunner().invoke(cli, [argument.replace("FILES", str(folder)) for argument in arguments])
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("\n")
+    assert _tree(folder) == before
+    assert not ray.is_initialized()
+    return result.stderr.removeprefix("error: ").removesuffix("\n").replace(str(folder), "FILES")
+
+
+def _tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sft.epcohs=3"], "command line: sft.epcohs is not a key; did you mean sft.epochs?"),
+        (["rounds=two"], "command line: rounds is 'two'; it must be int"),
+        (["engine.dtype=float99"], "command line: engine.dtype is 'float99'; it must be one of float32, bfloat16, "),
+        (["engine.workers=0"], "command line: engine.workers is 0; it must be at least 1"),
+        (["engine.max_num_batched_tokens=63"], "command line: engine.max_num_batched_tokens is 63; on a CPU it must "),
+        (["trainer.max_failures=-1"], "command line: trainer.max_failures is -1; it must not be negative"),
+        (["ray.num_cpus=0"], "command line: ray.num_cpus is 0; it must be at least 1, or null"),
+        (["align.beta=-1"], "command line: align.beta is -1.0; it must not be negative"),
+        (["task.pool=0"], "command line: task.pool is 0; there would be nothing to learn from"),
+        (["verify=false", "pairs.require_outcome=false"], "command line: pairs.require_outcome is false; without "),
+        (["task.worked=100000000"], "task.worked is 100000000, but only "),
+        (
+            ["engine.max_model_len=40"],
+            "engine.max_model_len is 40; it must be at least 41: 12 of the longest question, ",
+        ),
+        (["engine.max_model_len=65"], "engine.max_model_len is 65; it must be at most model.max_length = 64"),
+        (["sampling.max_tokens=52"], "engine.max_model_len is 64; it must be at least 65: "),
+        (["sft.max_tokens=20"], "sft.max_tokens is 20; it must be at least 27, the length of the longest worked "),
+        (["prm.max_tokens=30"], "prm.max_tokens is 30; it must be at least 37: 8 of the longest question, sampling."),
+        (["align.max_tokens=30"], "align.max_tokens is 30; it must be at least 37: 8 of the longest question, "),
+        (["run_dir=/proc/x"], "run_dir /proc/x cannot be written: "),
+        (["run_dir=FILES/text.parquet"], "run_dir FILES/text.parquet cannot be written: Not a directory"),
+        (["run_dir=FILES/broken"], "FILES/broken/config.yaml: rounds is 'many'; it must be int"),
+        (["run_dir=FILES/begun"], "FILES/begun was begun with other values of "),
+        (["ray.num_cpus=1"], "the run needs 2 CPUs = 0.7 (engine.workers * engine.cpus_per_worker) + "),
+        (["engine.workers=40"], "the run needs 29.3 CPUs = 28 (engine.workers * engine.cpus_per_worker) + "),
+        (["rounds"], "command line: 'rounds' is not of the form key=value, such as "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_that_cannot_be(files: Path, overrides: Sequence[str], message: str) -> None:
+    assert mistake("run", TINY, "run_dir=FILES/new", *overrides, folder=files).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "FILES/no.yaml"], "FILES/no.yaml: no such file"),
+        (["rnu", TINY], "No such command 'rnu'."),
+        (["run"], "Missing argument 'CONFIG'."),
+        (["run", TINY, "--jsn"], "No such option"),
+        (["show", "FILES/no"], "Invalid value for 'RUN': Directory 'FILES/no' does not exist."),
+        (["show", "FILES/verifier"], "FILES/verifier has no summary.json: it is no run directory"),
+        (["show", "FILES/begun"], "FILES/begun has no summary.json: no round of it has ended yet"),
+        (["show", "FILES/broken"], "FILES/broken/summary.json cannot be read: Expecting property name"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_what_is_not_there(files: Path, arguments: Sequence[str], message: str) -> None:
+    assert mistake(*arguments, folder=files).startswith(message)
+
+
+TRAJECTORIES = "FILES/round-0/trajectories"
+REASONER, VERIFIER = ["--reasoner", "FILES/reasoner"], ["--verifier", "FILES/verifier"]
+OMEGA = [*REASONER, "labeling.labeler=omega"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([TRAJECTORIES], "Missing option '--reasoner'."),
+        (
+            [TRAJECTORIES, "--reasoner", "FILES/no"],
+            "Invalid value for '--reasoner': FILES/no is no checkpoint directory",
+        ),
+        ([TRAJECTORIES, "--reasoner", "FILES"], "Invalid value for '--reasoner': FILES is no checkpoint directory"),
+        (
+            [TRAJECTORIES, "--reasoner", "FILES/weightless"],
+            "Invalid value for '--reasoner': FILES/weightless holds no ",
+        ),
+        ([TRAJECTORIES, "--reasoner", "FILES/verifier"], "Invalid value for '--reasoner': FILES/verifier holds Qwen2F"),
+        ([TRAJECTORIES, *REASONER], "labeling.labeler is saps: name a --verifier, or another labeler"),
+        ([TRAJECTORIES, *REASONER, *VERIFIER], "FILES/verifier has no calibration.json: set labeling.start_score"),
+        (
+            [TRAJECTORIES, *OMEGA, "--out", "FILES/verifier"],
+            "--out FILES/verifier exists already; name a new directory",
+        ),
+        ([TRAJECTORIES, *OMEGA, "--out", "/proc/x"], "--out /proc/x cannot be written: "),
+        (
+            [TRAJECTORIES, *OMEGA, "engine.max_model_len=30"],
+            "engine.max_model_len is 30; it must be at least 41: 12 of ",
+        ),
+        (
+            [TRAJECTORIES, *OMEGA],
+            "FILES/round-0/trajectories, record 0: question 'worked-0' is not one of the config's",
+        ),
+        (["FILES/round-1/trajectories", *OMEGA], "FILES/round-1/trajectories holds no trajectories"),
+        (["FILES/verifier", *OMEGA], "FILES/verifier holds no trajectories"),
+        (["FILES/text.parquet", *OMEGA], "FILES/text.parquet cannot be read: "),
+        (["FILES/no", *OMEGA], "Invalid value for 'TRAJECTORIES': Path 'FILES/no' does not exist."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_labelling_that_cannot_be(files: Path, arguments: Sequence[str], message: str) -> None:
+    assert mistake("label", TINY, "--out", "FILES/new", *arguments, folder=files).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a --reasoner, or a --verifier with --labels"),
+        (VERIFIER, "name a --reasoner, or a --verifier with --labels"),
+        (["--labels", TRAJECTORIES], "--labels goes with --verifier alone"),
+        ([*REASONER, *VERIFIER, "--labels", TRAJECTORIES], "--labels goes with --verifier alone"),
+        (["--verifier", "FILES/reasoner"], "Invalid value for '--verifier': FILES/reasoner holds Qwen2ForCausalLM; a "),
+        ([*VERIFIER, "--labels", TRAJECTORIES], "FILES/round-0/trajectories, record 0: no labelled trajectory, "),
+        ([*VERIFIER, "--labels", "FILES/round-1/labels"], "FILES/round-1/labels holds no labelled trajectories"),
+        ([*REASONER, "sampling.max_tokens=400"], "engine.max_model_len is 64; it must be at least 413: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_evaluation_that_cannot_be(files: Path, arguments: Sequence[str], message: str) -> None:
+    assert mistake("evaluate", TINY, *arguments, folder=files).startswith(message)
+
+
+def test_limits_that_are_not_reached_are_no_mistake(files: Path) -> None:
+    """The next mistake after the token limits is the number of CPUs."""
+    drop = ["prm.max_tokens=30", "prm.too_long=drop", "align.max_tokens=30", "rounds=0"]
+    assert mistake("run", TINY, "run_dir=FILES/new", *drop, "ray.num_cpus=1", folder=files).startswith("the run needs")
+
+
+def test_a_process_prints_that_line_alone(files: Path) -> None:
+    command = [sys.executable, "-m", "launch", "run", TINY, f"run_dir={files}/new", "engine.max_model_len=40"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: engine.max_model_len is 40")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_moved_run_is_the_same_run(files: Path) -> None:
+    """A run directory is refused for other settings, not for another path."""
+    moved = files / "moved"
+    moved.mkdir()
+    (moved / "config.yaml").write_text(json.dumps({"extends": TINY, "run_dir": "elsewhere", "ray": {"num_cpus": 1}}))
+    arguments = ("run", "FILES/moved/config.yaml", "run_dir=FILES/moved")
+    assert mistake(*arguments, folder=files).startswith("the run needs 2 CPUs")
