@@ -96,9 +96,9 @@ class Pool(Generic[Request, Result]):
         self._workers: list[_Worker] = []
         self._queue: deque[_Waiting[Request, Result]] = deque()
         self._room = asyncio.Semaphore(2 * workers * batch_size * in_flight)
+        self._exclusive = asyncio.Lock()
         self._calls: set[asyncio.Task[None]] = set()
         self._meter = _Meter()
-        self._held = False
         self._woken = False
 
     async def start(self) -> None:
@@ -123,14 +123,16 @@ class Pool(Generic[Request, Result]):
 
         Raises WorkerError where a worker fails.
         """
-        self._held = True
-        try:
+        async with self._exclusive:
             while self._calls:
                 await asyncio.wait(self._calls)
-            return await asyncio.gather(*(self._ask(worker, method, *args) for worker in self._workers))
-        finally:
-            self._held = False
-            self._wake()
+            asked = [self._ask(worker, method, *args) for worker in self._workers]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        self._wake()
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
 
     async def close(self) -> None:
         """End the workers. Requests that are still waiting fail."""
@@ -153,7 +155,7 @@ class Pool(Generic[Request, Result]):
         self._woken = False
         if not self._workers:
             self._fail_queue(f"{self._name} pool: no worker is left")
-        if self._held or not (free := self._free()):
+        if self._exclusive.locked() or not (free := self._free()):
             return
         share = min(self._batch_size, math.ceil(len(self._queue) / len(free)))
         while self._queue and (free := self._free()):

@@ -57,7 +57,7 @@ class RolloutWorker:
         await self.reset_prefix_cache()
 
     async def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix. Raises RuntimeError while requests are running, whose prefixes vLLM would keep."""
+        """Forget every cached prefix. Raises RuntimeError while requests run, whose prefixes vLLM keeps."""
         if not await self._engine.reset_prefix_cache():
             raise RuntimeError("the prefix cache cannot be reset while requests are running")
 

@@ -4,7 +4,7 @@ The same prompts, engine settings, threads and number of new tokens for all thre
 the machine does meets all of them; every figure is a median over the turns.
 
     python benchmarks/rollout.py
-    python benchmarks/rollout.py --hidden-size 192 --layers 3 --heads 4 --intermediate-size 512 --prompts 512
+    python benchmarks/rollout.py --hidden-size 192 --layers 3 --heads 3 --intermediate-size 512 --prompts 512
     python benchmarks/rollout.py --model path/to/checkpoint --prompt-tokens 128
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import statistics
@@ -111,7 +112,8 @@ class Remote:
         self._actor = actor.remote(config, model)
 
     def generate(self, requests: list[GenerateRequest]) -> tuple[int, float]:
-        return ray.get(self._actor.generate.remote(requests))
+        made: tuple[int, float] = ray.get(self._actor.generate.remote(requests))
+        return made
 
 
 def measure(contenders: dict[str, Any], args: argparse.Namespace, vocabulary: int) -> dict[str, list[float]]:
@@ -190,7 +192,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         shape = RandomModelConfig(
             hidden_size=args.hidden_size,

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -87,9 +88,19 @@ def save_random_reasoner(config: RandomModelConfig, alphabet: str, seed: int, pa
         )
     unfinished = path.with_name(path.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    _save(model, unfinished)
     tokenizer.save_pretrained(unfinished)
     unfinished.replace(path)
+
+
+def _save(model: PreTrainedModel, path: Path) -> None:
+    """What `model.save_pretrained` writes. That would import every training engine it finds, and one of them prints."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(path)
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,10 @@ class Session:
 
     def generate(self, requests: list[GenerateRequest]) -> list[Completion]:
         async def all_of_them() -> list[Completion]:
-            return await asyncio.gather(*map(self.pool.submit, requests))
+            return list(await asyncio.gather(*map(self.pool.submit, requests)))
 
-        return self.run(all_of_them())
+        made: list[Completion] = self.run(all_of_them())
+        return made
 
     def load(self, checkpoint: str) -> None:
         self.run(self.pool.broadcast("load", checkpoint))
@@ -132,7 +133,7 @@ def assert_greedy(session: Session, checkpoint: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for completion, expected in zip(found, greedy(checkpoint, ids), strict=True):
         assert completion.token_ids == expected
-        assert completion.text == tokenizer.decode(expected, skip_special_tokens=True)
+        assert completion.text == tokenizer.decode(list(expected), skip_special_tokens=True)
         assert completion.finished == (expected[-1] == tokenizer.eos_token_id)
         assert completion.generated_tokens == len(expected)
 

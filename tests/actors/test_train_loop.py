@@ -150,14 +150,14 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
 ) -> None:
     """Its losses are those of an undisturbed one, and in fp32 those of ZeRO 0."""
 
-    class Interruption(Exception):
+    class InterruptionError(Exception):
         pass
 
     def interrupt(done: int, total: int, loss: float) -> None:
-        raise Interruption
+        raise InterruptionError
 
     asked = job(home, tmp_path / "out", zero_stage=stage, dtype=dtype, checkpoint_every=1)
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run(asked, interrupt)
     assert not Path(asked.out).exists()
     result = run(asked)

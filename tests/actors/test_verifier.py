@@ -33,7 +33,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reasoner(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("reasoner")
-    shape = RandomModelConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64, max_length=64)
+    shape = RandomModelConfig(hidden_size=32, layers=1, heads=1, intermediate_size=64, max_length=64)
     save_random_reasoner(shape, VOCABULARY, 0, path)
     return str(path)
 
