@@ -194,8 +194,9 @@ class Pool(Generic[Request, Result]):
             if worker in self._workers:
                 self._workers.remove(worker)
             raise self._error(worker, method, error) from error
-        except RayTaskError as error:
-            raise self._error(worker, method, error.cause) from error
+        except Exception as error:  # what the method raised, or Ray could not send
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise self._error(worker, method, cause) from error
 
     def _error(self, worker: _Worker, method: str, cause: Exception) -> WorkerError:
         kind = "" if isinstance(cause, SapoError) else f"{type(cause).__name__}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,10 @@ _RESERVED = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
 
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
-    """A connection to Ray. Raises SapoError where the cluster is too small for what the config reserves."""
+    """A connection to Ray. Raises SapoError where the cluster is away, or too small for what the config reserves."""
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_answers(address)
     if not address and config.ray.num_cpus is not None:
         _check_resource(config, "CPU", config.ray.num_cpus)
     environment = {
@@ -48,6 +51,17 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Whether something listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "//" in host:  # `auto`, `local`, or a Ray client's URL
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise SapoError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: {error}") from error
 
 
 def _check_resource(config: RunConfig, kind: str, available: float) -> None:

@@ -80,7 +80,7 @@ class EngineConfig:
     """Do without compilation, which costs start-up time and pays off on GPUs."""
     batch_size: int = 16
     """Most requests in one call of a worker."""
-    in_flight: int = 8
+    in_flight: int = 16
     """Calls a worker has at once; `batch_size * in_flight` well above `max_num_seqs` keeps the engine full."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's AsyncEngineArgs; they win over the keys above."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from transformers import AutoTokenizer
 
 from actors.client import CoordinatorClient
 from launch.cli import cli
@@ -20,8 +22,11 @@ from sapo_ray.audit import audit
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory
+from sapo_ray.encoding import encode
 from sapo_ray.labelers import LabelingConfig
 from sapo_ray.labelers.base import LabelerName
+from sapo_ray.metrics import brier
+from sapo_ray.scoring import load_verifier, score
 from sapo_ray.store import RunDirectory, labelled_of, rollout_of
 from sapo_ray.tasks import Chain
 
@@ -76,15 +81,18 @@ def test_evaluate_a_reasoner_with_a_verifier(finished: RunDirectory, config: Pat
 
 
 def test_evaluate_a_verifier_on_labels(finished: RunDirectory, config: Path) -> None:
-    """Against its own scores of a round's labels, which the round has stored."""
+    """The Brier score in the table is that of the checkpoint's scores, taken without Ray."""
+    checkpoint, task = finished.checkpoint("verifier", 0), Chain(load_config(RunConfig, config).task)
     labels = finished.dataset(1, "labels")
-    arguments = ["--verifier", finished.checkpoint("verifier", 0), "--labels", labels]
-    figures = json.loads(sapo("evaluate", config, *arguments, "--json"))
-    assert figures.keys() == {"verifier", "cost"}
-    assert 0 <= figures["verifier"]["brier"] <= 1
-    assert figures["cost"]["generated_tokens"] == 0
-    printed = sapo("evaluate", config, *arguments)
-    assert f"{figures['verifier']['brier']:.4g}" in printed
+    table = sapo("evaluate", config, "--verifier", checkpoint, "--labels", labels)
+    rows = [labelled_of(row) for row in finished.read(1, "labels")]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    encoded = [encode(tokenizer, task.prompt(r.trajectory.question), r.trajectory.steps) for r in rows]
+    scores = score(load_verifier(str(checkpoint)), encoded, batch_tokens=4096)
+    expected = brier([s for row in scores for s in row], [label for row in rows for label in row.step_labels])
+    found = re.search(r"verifier\s*│\s*brier\s*│\s*([\d.e-]+)", table)
+    assert found
+    assert float(found[1]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_show_prints_the_summary(finished: RunDirectory) -> None:

@@ -187,6 +187,13 @@ def test_an_evaluation_that_cannot_be(files: Path, arguments: Sequence[str], mes
     assert mistake("evaluate", TINY, *arguments, folder=files).startswith(message)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:port"])
+def test_a_cluster_that_does_not_answer(files: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    message = mistake("run", TINY, "run_dir=FILES/new", folder=files)
+    assert message.startswith(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: ")
+
+
 def test_limits_that_are_not_reached_are_no_mistake(files: Path) -> None:
     """The next mistake after the token limits is the number of CPUs."""
     drop = ["prm.max_tokens=30", "prm.too_long=drop", "align.max_tokens=30", "rounds=0"]
