@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,21 +37,35 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     }
     # Ray's workers are nice by default, so that anything else on the machine would hold them up.
     os.environ.update({"RAY_worker_niceness": "0", **environment})
-    ray.init(
-        address=address,
-        num_cpus=None if address else config.ray.num_cpus,
-        runtime_env={"env_vars": environment},
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
     try:
+        with _interrupts_later():
+            ray.init(
+                address=address,
+                num_cpus=None if address else config.ray.num_cpus,
+                runtime_env={"env_vars": environment},
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
         offered = ray.cluster_resources()
         for kind in _RESERVED:
             _check_resource(config, kind, offered.get(kind, 0.0))
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the block ends: one that hits Ray while it starts makes the process crash."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _check_answers(address: str) -> None:

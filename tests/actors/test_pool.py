@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -178,6 +179,14 @@ def test_a_failed_call_fails_its_requests_and_the_worker_goes_on(request_: str, 
             await pool.submit(request_)
         assert str(caught.value) == cause
         assert await pool.submit(5) == 10
+
+    run(test)
+
+
+def test_a_request_that_cannot_be_sent_fails() -> None:
+    async def test(pool: TestPool) -> None:
+        with pytest.raises(WorkerError, match=r"test worker 0: double failed: TypeError: .*pickle"):
+            await pool.submit(threading.Lock())
 
     run(test)
 
