@@ -1,5 +1,5 @@
 # make run        install, then run the whole method on the local task
-# make test       install, then lint, types and the tests that are not marked slow
+# make test       install, then lint, types and tests
 # TORCH_INDEX=…   an index with other builds of torch, such as PyTorch's CPU wheels
 # PYTHON=…        the Python (3.11 or newer) that .venv is made with
 
@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run setup test test-slow controls lint lock clean
+.PHONY: run setup test controls lint lock clean
 
 run: setup
 	$(BIN)/sapo run $(CONFIG)
@@ -17,10 +17,7 @@ run: setup
 setup: $(INSTALLED)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 controls: setup
 	$(BIN)/python benchmarks/controls.py
