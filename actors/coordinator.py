@@ -7,17 +7,17 @@ is one stage of a run and returns what the stage notes about itself.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any
 
 from actors.engines import Engines
 from sapo_ray.annotator import Annotation, Annotator, distinct
+from sapo_ray.concurrency import together
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
 from sapo_ray.data import LabelledTrajectory, Question, Trajectory
@@ -30,7 +30,14 @@ from sapo_ray.evaluator import (
     step_report,
     verifier_report,
 )
-from sapo_ray.labelers import LabelingConfig, is_labelled, label_correct, make_labeler, start_score
+from sapo_ray.labelers import (
+    LabelingConfig,
+    fixed_start_score,
+    is_labelled,
+    label_correct,
+    make_labeler,
+    start_score,
+)
 from sapo_ray.metrics import best_threshold, self_verification_error
 from sapo_ray.models import Calibration
 from sapo_ray.pairs import make_pairs, share_unlike
@@ -101,7 +108,7 @@ class Coordinator:
             if annotator is None:
                 return trajectories, []
             chosen = [t for t in trajectories if is_labelled(t, labeling, config.seed)]
-            return trajectories, await asyncio.gather(*(self._label(annotator, question, t, stage) for t in chosen))
+            return trajectories, await together(self._label(annotator, question, t, stage) for t in chosen)
 
         self._engines.begin(len(questions))
         report = StreamReport(self._start_score())
@@ -141,8 +148,7 @@ class Coordinator:
 
         The threshold is tuned on one half of the validation trajectories; the other half measures self-verification.
         """
-        rows = islice(self._store.read(round_number, "labels"), _CALIBRATION_ROWS)
-        labelled = [labelled_of(row) for row in rows]
+        labelled = self._calibration_rows(round_number)
         tuning, _ = self._validation()
         self._engines.begin(len(labelled) + len(tuning))
         first_scores = [scores[0] for scores in await self._score_all([row.trajectory for row in labelled])]
@@ -155,6 +161,12 @@ class Coordinator:
         self._engines.calibration = calibration
         return self._notes(start_score=calibration.start_score, threshold=calibration.threshold)
 
+    def _calibration_rows(self, round_number: int) -> list[LabelledTrajectory]:
+        """A draw from the labels of sampled trajectories; from all, worked solutions too, where none was sampled."""
+        rows = [labelled_of(row) for row in self._store.read(round_number, "labels")]
+        sampled = [row for row in rows if row.trajectory.source == "sampled"] or rows
+        return Random(self._config.seed).sample(sampled, min(_CALIBRATION_ROWS, len(sampled)))
+
     async def verify_self(self, stage: str) -> dict[str, Any]:
         """Self-verification error of the loaded verifier, checked by the loaded reasoner, on fixed trajectories."""
         questions = {q.id: q for q in self._task.questions("validation")}
@@ -164,7 +176,7 @@ class Coordinator:
         annotator = self._annotator(replace(self._config.labeling, labeler="saps", expand=False))
         stream = self._engines.stream(
             list(zip(fixed, scores, strict=True)),
-            lambda item: annotator.annotate(questions[item[0].question_id], *item, stage),
+            lambda item: self._annotate(annotator, questions[item[0].question_id], *item, stage),
         )
         labelled = [annotation.labelled[0] async for annotation in stream]
         return self._notes(trajectories=len(fixed), **self_verification_error(labelled, scores, self._threshold()))
@@ -229,6 +241,16 @@ class Coordinator:
     async def _label(self, annotator: Annotator, question: Question, trajectory: Trajectory, stage: str) -> Annotation:
         scored = annotator.needs_scores and not trajectory.correct
         scores = await self._engines.score(trajectory) if scored else None
+        return await self._annotate(annotator, question, trajectory, scores, stage)
+
+    async def _annotate(
+        self,
+        annotator: Annotator,
+        question: Question,
+        trajectory: Trajectory,
+        scores: tuple[float, ...] | None,
+        stage: str,
+    ) -> Annotation:
         annotation = await annotator.annotate(question, trajectory, scores, stage)
         self._engines.cost += Cost(trajectories=1, checks=annotation.checks, rollouts=len(annotation.rollouts))
         return annotation
@@ -237,9 +259,10 @@ class Coordinator:
         return [scores async for scores in self._engines.stream(trajectories, self._engines.score)]
 
     def _start_score(self) -> float | None:
-        """The loaded verifier's; 1 where its training had no right first step, None where it is not calibrated."""
-        if self._engines.calibration is None:
-            return None
+        """The config's; else the loaded verifier's, 1 where its training had no right first step, None without any."""
+        fixed = fixed_start_score(self._config.labeling)
+        if fixed is not None or self._engines.calibration is None:
+            return fixed
         start = self._engines.calibration.start_score
         return 1.0 if start is None else start
 

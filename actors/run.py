@@ -52,7 +52,9 @@ class Run:
 
     @property
     def base(self) -> Path:
-        """The base model M; made on the spot, with random weights, for a task that brings its own alphabet."""
+        """The base model M: the config's checkpoint, or a random start made on the spot."""
+        if self.config.model.path is not None:
+            return Path(self.config.model.path)
         path = self._store.path / "checkpoints" / "base"
         if not path.exists():
             save_random_reasoner(self.config.model, VOCABULARY, self.config.seed, path)
@@ -145,8 +147,8 @@ class Run:
             start = time.monotonic()
             notes = dict(work())
             notes["seconds"] = time.monotonic() - start
-            self._store.finish(name, notes)
             self._store.log({"stage": name, **notes})
+            self._store.finish(name, notes)
             self._reporter.end(name, notes["seconds"], notes)
         self._notes[name] = notes
         return notes
@@ -159,7 +161,7 @@ class Run:
             init=str(init),
             data=tuple(map(str, data)),
             out=str(out),
-            task=self._task,
+            task=Chain(self.config.task),
             config=config,
             seed=self.config.seed,
             params=params,
@@ -179,7 +181,10 @@ class Run:
         """Skip a training that has nothing to learn from: the last checkpoint stands for the new one."""
 
         def copy() -> Notes:
-            shutil.copytree(previous, out, dirs_exist_ok=True)
+            unfinished = out.with_name(out.name + ".tmp")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(previous, unfinished)
+            unfinished.rename(out)
             return {"skipped": reason}
 
         self._stage(stage, copy)

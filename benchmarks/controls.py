@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -20,13 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from actors.run import Run
-from actors.sapo import sapo
-from launch.progress import ConsoleReporter
-from launch.session import ray_session
+from launch.run import complete
 from sapo_ray.config import RunConfig
-from sapo_ray.config_loader import load_config, to_yaml
-from sapo_ray.store import RunDirectory, write_text
+from sapo_ray.config_loader import load_config
 
 RFT = ("verify=false", "pairs.max_per_question=0")
 
@@ -37,12 +32,13 @@ RFT = ("verify=false", "pairs.max_per_question=0")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 @click.argument("overrides", nargs=-1)
 def main(config: str, seeds: str, as_json: bool, overrides: Sequence[str]) -> None:
-    results = [_seed(config, int(seed), overrides) for seed in seeds.split(",")]
+    numbers = [int(seed) for seed in seeds.split(",")]
+    results = [_seed(config, seed, overrides) for seed in numbers]
     pooled = {
         name: _difference([r[name]["correct"] for r in results], [r["sapo"]["correct"] for r in results])
         for name in ("sft", "rft")
     }
-    _print(results, pooled)
+    _print(numbers, results, pooled)
     if as_json:
         rows = [{name: arm["accuracy"] for name, arm in r.items()} for r in results]
         click.echo(json.dumps({"seeds": rows, "sapo_minus": pooled}))
@@ -65,14 +61,7 @@ def _seed(config: str, seed: int, overrides: Sequence[str]) -> dict[str, dict[st
 
 def _run(config: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Run to the end, or go on with what is there; the notes of every stage."""
-    settings = load_config(RunConfig, config, overrides)
-    store = RunDirectory(Path("runs") / name)
-    with ray_session(settings), ConsoleReporter() as reporter:
-        store.create()
-        write_text(store.path / "config.yaml", to_yaml(settings))
-        with Run(settings, store, reporter) as run:
-            sapo(run)
-    return dict(store.stages())
+    return complete(config, [*overrides, f"run_dir=runs/{name}"]).stages()
 
 
 def _tokens(stages: dict[str, Any]) -> int:
@@ -87,15 +76,15 @@ def _arm(stages: dict[str, Any], round_number: int) -> dict[str, Any]:
 
 
 def _difference(control: list[list[bool]], full: list[list[bool]]) -> dict[str, Any]:
-    """Mean difference in accuracy, paired over the questions of all seeds, with its 95% bootstrap interval."""
-    paired = np.concatenate(full).astype(float) - np.concatenate(control).astype(float)
+    """Mean difference in accuracy with its 95% bootstrap interval over questions, each averaged over the seeds."""
+    paired = np.mean(full, axis=0) - np.mean(control, axis=0)
     interval = bootstrap((paired,), np.mean, rng=0).confidence_interval
     return {"difference": float(paired.mean()), "ci95": [float(interval.low), float(interval.high)]}
 
 
-def _print(results: list[dict[str, dict[str, Any]]], pooled: dict[str, dict[str, Any]]) -> None:
+def _print(seeds: list[int], results: list[dict[str, dict[str, Any]]], pooled: dict[str, dict[str, Any]]) -> None:
     table = Table("seed", "SFT", "SAPO", "SFT, as many tokens", "right samples only")
-    for seed, arms in enumerate(results):
+    for seed, arms in zip(seeds, results, strict=True):
         table.add_row(str(seed), *(f"{100 * arms[name]['accuracy']:.1f}" for name in ("start", "sapo", "sft", "rft")))
     console = Console()
     console.print(table)

@@ -1,8 +1,8 @@
 """What each labeler costs and how right its labels are, on the same wrong trajectories of 5, 8 and 12 steps.
 
 All five share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each
-starts. Truth is the chain task's `reachable` oracle. The models are those of `configs/labeling.yaml`, trained at the
-first call:
+starts. They ask for the same rollouts of the same prefix. Truth is the chain task's `reachable` oracle. The models are
+those of `configs/labeling.yaml`, trained at the first call:
 
     python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories 300]
 """
@@ -22,18 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.client import CoordinatorClient
-from actors.run import Run
-from actors.sapo import sapo
 from launch.progress import ConsoleReporter
+from launch.run import complete
 from launch.session import ray_session
 from sapo_ray.annotator import Annotation
 from sapo_ray.config import RunConfig
-from sapo_ray.config_loader import load_config, to_yaml
+from sapo_ray.config_loader import load_config
 from sapo_ray.data import Question, Trajectory
 from sapo_ray.evaluator import true_labels
 from sapo_ray.labelers import LabelerName
 from sapo_ray.metrics import label_accuracy
-from sapo_ray.store import RunDirectory, write_text
 from sapo_ray.tasks import Chain
 
 CONFIG = Path(__file__).parents[1] / "configs" / "labeling.yaml"
@@ -48,19 +46,17 @@ Item = tuple[Question, Trajectory]
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 @click.argument("overrides", nargs=-1)
 def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, overrides: Sequence[str]) -> None:
-    settings = load_config(RunConfig, config, overrides)
-    store = RunDirectory(settings.run_dir or Path("runs") / Path(config).stem)
-    with ray_session(settings), ConsoleReporter() as reporter:
-        store.create()
-        write_text(store.path / "config.yaml", to_yaml(settings))
-        with Run(settings, store, reporter) as run:
-            sapo(run)
-        with CoordinatorClient(settings, store.path, reporter) as coordinator:
-            coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
-            results = {
-                str(length): _compare(coordinator, settings, length, trajectories, not no_early_exit)
-                for length in LENGTHS
-            }
+    store = complete(config, overrides)
+    settings = load_config(RunConfig, store.path / "config.yaml")
+    with (
+        ray_session(settings),
+        ConsoleReporter() as reporter,
+        CoordinatorClient(settings, store.path, reporter) as coordinator,
+    ):
+        coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
+        results = {
+            str(length): _compare(coordinator, settings, length, trajectories, not no_early_exit) for length in LENGTHS
+        }
     _print(results)
     if as_json:
         click.echo(json.dumps({"lengths": results}))
@@ -77,7 +73,7 @@ def _compare(
         labeling = replace(settings.labeling, labeler=labeler, early_exit=early_exit, unproven="keep", expand=False)
         coordinator.call("reset_prefix_cache")
         start = time.monotonic()
-        annotations, notes = coordinator.call("label", items, labeling, f"{labeler}-{length}")
+        annotations, notes = coordinator.call("label", items, labeling, f"length-{length}")
         results[labeler] = {
             **_quality(task, items, annotations),
             **_costs(notes["cost"], time.monotonic() - start, len(items)),
@@ -114,7 +110,7 @@ def _wrong_trajectories(coordinator: CoordinatorClient, task: Chain, length: int
             (question, trajectory)
             for question, trajectories in zip(questions, sampled, strict=True)
             for trajectory in trajectories
-            if not trajectory.correct and trajectory.answer is not None
+            if not trajectory.correct and trajectory.answer is not None and len(trajectory.steps) == length
         ]
         if len(wrong) >= count:
             return wrong[:count]

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from actors.reasoner import engine_args, environment, reasoner_pool, sampling_params
-from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import EngineConfig, GenerateRequest, Sampling
 from sapo_ray.tasks.chain import VOCABULARY
 
@@ -194,7 +194,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        shape = RandomModelConfig(
+        shape = ModelConfig(
             hidden_size=args.hidden_size,
             layers=args.layers,
             heads=args.heads,

@@ -17,7 +17,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config, to_yaml
 from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_run_lengths
-from sapo_ray.models import character_tokenizer
+from sapo_ray.models import base_tokenizer
 from sapo_ray.store import RunDirectory, write_text
 from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import VOCABULARY
@@ -36,6 +36,18 @@ def run(config: str, overrides: Sequence[str], as_json: bool) -> None:
     Example:
       sapo run configs/local.yaml seed=1 run_dir=runs/local-seed-1
     """
+    summary = complete(config, overrides).summary()
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        print_summary(summary)
+
+
+def complete(config: str, overrides: Sequence[str]) -> RunDirectory:
+    """Run what a config file and overrides say to its end, or go on with it there; the run's directory.
+
+    Raises SapoError, before anything is written or started, for what cannot be run.
+    """
     from actors.run import Run
     from actors.sapo import sapo
 
@@ -44,17 +56,13 @@ def run(config: str, overrides: Sequence[str], as_json: bool) -> None:
     store = RunDirectory(settings.run_dir)
     _refuse_other_config(settings, store)
     check_writable("run_dir", store.path)
-    check_run_lengths(settings, Chain(settings.task), character_tokenizer(VOCABULARY, settings.model.max_length))
+    check_run_lengths(settings, Chain(settings.task), base_tokenizer(settings.model, VOCABULARY))
     with ray_session(settings):
         store.create()
         write_text(store.path / "config.yaml", to_yaml(settings))
         with ConsoleReporter() as reporter, Run(settings, store, reporter) as stages:
             sapo(stages)
-    summary = store.summary()
-    if as_json:
-        click.echo(json.dumps(summary))
-    else:
-        print_summary(summary)
+    return store
 
 
 def _refuse_other_config(settings: RunConfig, store: RunDirectory) -> None:

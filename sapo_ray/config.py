@@ -7,7 +7,7 @@ from typing import Literal
 
 from sapo_ray.evaluator import EvaluationConfig
 from sapo_ray.labelers import LabelingConfig
-from sapo_ray.models import RandomModelConfig
+from sapo_ray.models import ModelConfig
 from sapo_ray.pairs import PairsConfig
 from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
@@ -60,7 +60,7 @@ class RunConfig:
     """Who labels round 0, when there is no verifier yet."""
     task: ChainConfig = field(default_factory=ChainConfig)
     """The problems: `chain`, arithmetic made on the spot."""
-    model: RandomModelConfig = field(default_factory=RandomModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     """The base model M of a task that brings its own alphabet: a Qwen2 with random weights."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the reasoner samples solutions."""

@@ -23,7 +23,7 @@ def check_run_lengths(config: RunConfig, task: Task, tokenizer: PreTrainedTokeni
     """
     lengths = _Lengths(task, tokenizer)
     _require(config, "engine.max_model_len", lengths.prompt(SPLITS))
-    if config.engine.max_model_len > config.model.max_length:
+    if config.model.path is None and config.engine.max_model_len > config.model.max_length:
         raise SapoError(
             f"engine.max_model_len is {config.engine.max_model_len}; it must be at most model.max_length = "
             f"{config.model.max_length}"

@@ -16,11 +16,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+from sapo_ray.errors import SapoError
 
 
 @dataclass(kw_only=True)
-class RandomModelConfig:
+class ModelConfig:
+    path: str | None = None
+    """A Hugging Face checkpoint directory to start from; if null, a Qwen2 with random weights as the keys below say."""
     hidden_size: int = 128
     """Width of the residual stream."""
     layers: int = 6
@@ -63,7 +74,7 @@ def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:
     )
 
 
-def save_random_reasoner(config: RandomModelConfig, alphabet: str, seed: int, path: Path) -> None:
+def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Path) -> None:
     """Write a Qwen2 causal LM with random fp32 weights, and its character tokenizer, to the directory `path`.
 
     The directory appears when it is complete.
@@ -121,7 +132,9 @@ class Calibration:
         return Calibration(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def save(self, checkpoint: Path) -> None:
-        (checkpoint / "calibration.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
+        unfinished = checkpoint / "calibration.tmp"
+        unfinished.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        unfinished.replace(checkpoint / "calibration.json")
 
 
 def parameter_count(checkpoint: Path) -> int:
@@ -133,3 +146,13 @@ def parameter_count(checkpoint: Path) -> int:
     if count == 0:
         raise FileNotFoundError(f"{checkpoint} holds no safetensors weights")
     return count
+
+
+def base_tokenizer(config: ModelConfig, alphabet: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model that the config names or describes. Raises SapoError where it names none."""
+    if config.path is not None:
+        if not Path(config.path, "config.json").is_file():
+            raise SapoError(f"model.path {config.path} is no checkpoint directory: config.json is missing")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.path)
+        return tokenizer
+    return character_tokenizer(alphabet, config.max_length)

@@ -40,14 +40,15 @@ def make_pairs(
     """Pairs of solutions of the same question, by question id; the order of the input does not matter.
 
     `scores` maps trajectory ids to mean step scores. None pairs by outcome alone and needs `require_outcome`.
-    Solutions without steps are left out, and of equal texts of a question all but the first by id. Raises ValueError
-    where neither scores nor outcomes tell who is better, and for a score that is missing or not a number.
+    Solutions without steps or cut off (they have no end to learn from) are left out, and of equal texts of a question
+    all but the first by id. Raises ValueError where neither scores nor outcomes tell who is better, and for a score
+    that is missing or not a number.
     """
     if scores is None and not config.require_outcome:
         raise ValueError("pairs.require_outcome is false, but without a verifier there is nothing else to pair by")
     questions: dict[str, dict[str, Trajectory]] = {}
     for trajectory in sorted(trajectories, key=lambda t: (t.question_id, t.id)):
-        if trajectory.steps:
+        if trajectory.steps and not trajectory.truncated:
             questions.setdefault(trajectory.question_id, {}).setdefault("".join(trajectory.steps), trajectory)
     return [pair for solutions in questions.values() for pair in _of_question(list(solutions.values()), scores, config)]
 

@@ -120,4 +120,5 @@ def _cost(stages: Mapping[str, Notes]) -> dict[str, Any]:
     for stage in stages.values():
         total += Cost(**stage.get("cost", {}))
     seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
-    return {**total.as_dict(), "seconds": seconds}
+    by_stage = {name: stage["cost"] for name, stage in stages.items() if "cost" in stage}
+    return {**total.as_dict(), "seconds": seconds, "stages": by_stage}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.pool import Pool, WorkerError
 from actors.reasoner import reasoner_pool
-from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling
 from sapo_ray.tasks.chain import VOCABULARY
 
@@ -41,7 +41,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Random reasoners of one shape, told apart by their weights."""
     paths = {}
     for number, name in enumerate(["tied", "other tied", "untied", "other untied"]):
-        shape = RandomModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)
+        shape = ModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)
         shape.tie_embeddings = "untied" not in name
         path = tmp_path_factory.mktemp("reasoner")
         save_random_reasoner(shape, VOCABULARY, number, path)

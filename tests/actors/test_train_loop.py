@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from sapo_ray.batching import global_batches
 from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
-from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, collate
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
@@ -52,7 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random reasoner in `init`, and data for every objective."""
     home = tmp_path_factory.mktemp("training")
     save_random_reasoner(
-        RandomModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, home / "init"
+        ModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, home / "init"
     )
     records: dict[str, list[dict[str, Any]]] = {"sft": [], "prm": [], "orpo": []}
     for i, question in enumerate(CHAIN.questions("worked")):

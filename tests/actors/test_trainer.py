@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.trainer import Trainer, TrainingError
 from sapo_ray.data import PAIRS
-from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
 from sapo_ray.training import TrainConfig, TrainerConfig, TrainJob, TrainResult
 
@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random reasoner in `init` and pairs, a third of them without a rejected solution."""
     home = tmp_path_factory.mktemp("trainer")
     save_random_reasoner(
-        RandomModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, home / "init"
+        ModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, home / "init"
     )
     records = []
     for i, question in enumerate(CHAIN.questions("worked")):

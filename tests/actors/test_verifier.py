@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification
 from actors.pool import WorkerError
 from actors.verifier import verifier_pool
 from sapo_ray.encoding import Encoded
-from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import VerifierConfig
 from sapo_ray.scoring import load_verifier, score
 from sapo_ray.tasks.chain import VOCABULARY
@@ -33,7 +33,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reasoner(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("reasoner")
-    shape = RandomModelConfig(hidden_size=32, layers=1, heads=1, intermediate_size=64, max_length=64)
+    shape = ModelConfig(hidden_size=32, layers=1, heads=1, intermediate_size=64, max_length=64)
     save_random_reasoner(shape, VOCABULARY, 0, path)
     return str(path)
 

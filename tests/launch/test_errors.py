@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForTokenClassification
 
 from launch.cli import cli
-from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.sampler import original_trajectory
 from sapo_ray.store import RunDirectory, trajectory_row
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints and data sets that are sound, broken or of the wrong kind."""
     folder = tmp_path_factory.mktemp("files")
     save_random_reasoner(
-        RandomModelConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32), VOCABULARY, 0, folder / "reasoner"
+        ModelConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32), VOCABULARY, 0, folder / "reasoner"
     )
     verifier = AutoModelForTokenClassification.from_pretrained(folder / "reasoner", num_labels=1)
     verifier.save_pretrained(folder / "verifier")
@@ -82,6 +82,7 @@ def _tree(folder: Path) -> list[Path]:
         (["align.beta=-1"], "command line: align.beta is -1.0; it must not be negative"),
         (["task.pool=0"], "command line: task.pool is 0; there would be nothing to learn from"),
         (["verify=false", "pairs.require_outcome=false"], "command line: pairs.require_outcome is false; without "),
+        (["model.path=FILES/absent"], "model.path FILES/absent is no checkpoint directory: config.json is missing"),
         (["task.worked=100000000"], "task.worked is 100000000, but only "),
         (
             ["engine.max_model_len=40"],

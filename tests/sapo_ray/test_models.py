@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sapo_ray.models import Calibration, RandomModelConfig, parameter_count, save_random_reasoner
+from sapo_ray.models import Calibration, ModelConfig, parameter_count, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY
 
-CONFIG = RandomModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=24, max_length=64)
+CONFIG = ModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=24, max_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -91,4 +91,4 @@ def test_a_directory_without_weights_has_none_to_count(tmp_path: Path) -> None:
 )
 def test_impossible_configs_are_named(keys: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=f"^{named}"):
-        RandomModelConfig(**keys)  # type: ignore[arg-type]
+        ModelConfig(**keys)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,11 @@ def test_the_cap_prefers_solutions_not_used_yet_then_wide_margins() -> None:
     everything = config(eta=-1.0, max_per_question=3)
     scores = {"r0": 0.6, "r1": 0.9, "w0": 0.8, "w1": 0.5, "w2": 0.1}
     assert ids(make_pairs(RIGHT + WRONG, scores, everything)) == [("r1", "w2"), ("r0", "w1"), ("r1", "w0")]
+
+
+def test_solutions_that_were_cut_off_are_in_no_pair() -> None:
+    cut = [replace(WRONG[0], truncated=True), WRONG[1], replace(RIGHT[0], truncated=True), RIGHT[1]]
+    assert ids(make_pairs(cut, SCORES, config(eta=0.05))) == [("r1", "w1")]
 
 
 def test_without_outcome_any_two_may_be_paired() -> None:

@@ -135,6 +135,7 @@ def test_the_summary_has_the_promised_shape() -> None:
     assert zero["cost"] == {
         **Cost(checks=2, generated_tokens=8, trained_tokens=10, flops=60.0).as_dict(),
         "seconds": {"sft": 1.5, "sample": 2.0, "evaluate": 4},
+        "stages": {name: NOTES[f"round-0/{name}"]["cost"] for name in ("sft", "sample", "evaluate")},
     }
     assert (zero["pairs"], zero["warnings"]) == (None, ["look out"])
 

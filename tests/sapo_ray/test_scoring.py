@@ -8,7 +8,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from sapo_ray.encoding import Encoded
 from sapo_ray.errors import SapoError
-from sapo_ray.models import RandomModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.scoring import load_verifier, score
 from sapo_ray.tasks.chain import VOCABULARY
 
@@ -16,7 +16,7 @@ from sapo_ray.tasks.chain import VOCABULARY
 @pytest.fixture(scope="module")
 def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reasoner")
-    config = RandomModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)
+    config = ModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_length=128)
     save_random_reasoner(config, VOCABULARY, 0, path)
     return path
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausa
 from trl.experimental.orpo import ORPOTrainer
 
 from sapo_ray.encoding import encode
-from sapo_ray.models import RandomModelConfig, character_tokenizer, save_random_reasoner
+from sapo_ray.models import ModelConfig, character_tokenizer, save_random_reasoner
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import IGNORE, Batch, Example, Objective, Row, collate
 from sapo_ray.objectives.orpo import ORPO, odds_ratio_loss
@@ -33,9 +33,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def reasoner(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     path = tmp_path_factory.mktemp("reasoner")
-    save_random_reasoner(
-        RandomModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, path
-    )
+    save_random_reasoner(ModelConfig(hidden_size=32, layers=2, heads=1, intermediate_size=64), VOCABULARY, 0, path)
     return Qwen2ForCausalLM.from_pretrained(path)
 
 
