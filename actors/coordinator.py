@@ -152,9 +152,8 @@ class Coordinator:
         tuning, _ = self._validation()
         self._engines.begin(len(labelled) + len(tuning))
         first_scores = [scores[0] for scores in await self._score_all([row.trajectory for row in labelled])]
-        first_labels = [row.step_labels[0] for row in labelled]
         calibration = Calibration(
-            start_score=start_score(first_scores, first_labels) if 1 in first_labels else None,
+            start_score=start_score(first_scores, [1] * len(labelled)) if labelled else None,
             threshold=best_threshold([min(s) for s in await self._score_all(tuning)], [t.correct for t in tuning]),
         )
         calibration.save(Path(checkpoint))
@@ -162,9 +161,10 @@ class Coordinator:
         return self._notes(start_score=calibration.start_score, threshold=calibration.threshold)
 
     def _calibration_rows(self, round_number: int) -> list[LabelledTrajectory]:
-        """A draw from the labels of sampled trajectories; from all, worked solutions too, where none was sampled."""
+        """A draw of the labels with a right first step: of sampled trajectories, or of all if none of them has one."""
         rows = [labelled_of(row) for row in self._store.read(round_number, "labels")]
-        sampled = [row for row in rows if row.trajectory.source == "sampled"] or rows
+        right = [row for row in rows if row.step_labels[0] == 1]
+        sampled = [row for row in right if row.trajectory.source == "sampled"] or right
         return Random(self._config.seed).sample(sampled, min(_CALIBRATION_ROWS, len(sampled)))
 
     async def verify_self(self, stage: str) -> dict[str, Any]:
