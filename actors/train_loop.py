@@ -35,6 +35,7 @@ from transformers import (
 from sapo_ray.batching import global_batches, micro_batches
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
+from sapo_ray.store import write_text
 from sapo_ray.training import (
     RESULT_FILE,
     TrainConfig,
@@ -180,7 +181,7 @@ class Training:
         self.engine.save_checkpoint(str(self._partial), tag=tag, save_latest=False)
         if dist.get_rank() == 0:
             latest = {"tag": tag, "job": self._fingerprint(), "progress": asdict(self.progress)}
-            _replace(self._partial / "latest.json", json.dumps(latest))
+            write_text(self._partial / "latest.json", json.dumps(latest))
             for old in self._partial.glob("update-*"):
                 if old.name != tag:
                     shutil.rmtree(old)
@@ -347,10 +348,3 @@ def _together(make: Callable[[], T]) -> T:
         if found is not None:
             raise JobError(found)
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sapo_ray.errors import SapoError
+from sapo_ray.store import write_text
 
 
 @dataclass(kw_only=True)
@@ -132,9 +133,7 @@ class Calibration:
         return Calibration(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def save(self, checkpoint: Path) -> None:
-        unfinished = checkpoint / "calibration.tmp"
-        unfinished.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        unfinished.replace(checkpoint / "calibration.json")
+        write_text(checkpoint / "calibration.json", json.dumps(asdict(self)))
 
 
 def parameter_count(checkpoint: Path) -> int:
