@@ -50,6 +50,13 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # a full disk, say, or a fault of ours: one line, too
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            message = " ".join(str(error).split())
+            raise Failure(f"{type(error).__name__}: {message} (`sapo --debug …` shows where)") from error
 
 
 @click.command(cls=Commands, epilog="Example: sapo doctor")

@@ -195,6 +195,15 @@ def test_a_cluster_that_does_not_answer(files: Path, monkeypatch: pytest.MonkeyP
     assert message.startswith(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: ")
 
 
+def test_what_nobody_foresaw_is_one_line_too(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: RunDirectory) -> None:
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "summary", full)
+    message = mistake("show", "FILES", folder=files)
+    assert message == "RuntimeError: No space left on device (`sapo --debug …` shows where)"
+
+
 def test_limits_that_are_not_reached_are_no_mistake(files: Path) -> None:
     """The next mistake after the token limits is the number of CPUs."""
     drop = ["prm.max_tokens=30", "prm.too_long=drop", "align.max_tokens=30", "rounds=0"]
