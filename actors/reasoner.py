@@ -13,7 +13,7 @@ from actors.child_log import ChildLog
 from actors.pool import Pool
 from actors.vllm_extension import WeightReload
 from sapo_ray.errors import SapoError
-from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, cpu_threads
+from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, thread_environment
 
 
 class RolloutWorker:
@@ -148,8 +148,4 @@ def environment(config: EngineConfig) -> dict[str, str]:
     if config.tensor_parallel_size == 1:
         # The model runs within the engine's process: a worker process of its own would poll for work, even when idle.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return variables | {
-        "OMP_NUM_THREADS": str(cpu_threads(config)),
-        # Threads that wait actively stall each other as soon as they outnumber the free cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    return variables | thread_environment(config)

@@ -174,8 +174,16 @@ class Run:
         result = self._trainer.train(job, on_progress=self._reporter.update)
         for record in result.metrics:
             self._store.log({"stage": stage, **record})
-        cost = Cost(trained_tokens=result.tokens, flops=result.flops)
-        return {"updates": result.updates, "loss": result.metrics[-1]["loss"], "cost": cost.as_dict()}
+        if result.too_long:
+            self._reporter.warn(f"{stage}: {result.too_long} examples are longer than max_tokens and were left out")
+        return {
+            "examples": result.examples,
+            "too_long": result.too_long,
+            "empty": result.empty,
+            "updates": result.updates,
+            "loss": result.metrics[-1]["loss"],
+            "cost": Cost(trained_tokens=result.tokens, flops=result.flops).as_dict(),
+        }
 
     def _keep(self, stage: str, previous: Path, out: Path, reason: str) -> None:
         """Skip a training that has nothing to learn from: the last checkpoint stands for the new one."""

@@ -9,7 +9,7 @@ import torch
 
 from actors.pool import Pool
 from sapo_ray.encoding import Encoded
-from sapo_ray.requests import VerifierConfig, cpu_threads
+from sapo_ray.requests import VerifierConfig, cpu_threads, thread_environment
 from sapo_ray.scoring import load_verifier, score
 
 
@@ -39,8 +39,7 @@ def verifier_pool(config: VerifierConfig, checkpoint: str) -> Pool[Encoded, list
     actor = ray.remote(
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
-        # Threads that wait actively stall each other as soon as they outnumber the free cores.
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpu_threads(config)), "OMP_WAIT_POLICY": "PASSIVE"}},
+        runtime_env={"env_vars": thread_environment(config)},
     )(VerifierWorker)
     return Pool(
         "verifier",

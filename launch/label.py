@@ -110,4 +110,6 @@ def _item(questions: Mapping[str, Question], row: Mapping[str, Any], where: str)
     question = questions.get(trajectory.question_id)
     if question is None or question.text != trajectory.question:
         raise SapoError(f"{where}: question {trajectory.question_id!r} is not one of the config's task")
+    if not trajectory.steps:
+        raise SapoError(f"{where}: trajectory {trajectory.id!r} has no steps to label")
     return question, trajectory

@@ -133,6 +133,12 @@ def cpu_threads(config: EngineConfig | VerifierConfig) -> int:
     return config.threads or max(1, int(config.cpus_per_worker))
 
 
+def thread_environment(config: EngineConfig | VerifierConfig) -> dict[str, str]:
+    """Environment variables that give a worker's process its threads. They wait passively: threads that wait actively
+    stall each other as soon as they outnumber the free cores."""
+    return {"OMP_NUM_THREADS": str(cpu_threads(config)), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def _check_workers(config: EngineConfig | VerifierConfig) -> None:
     for key in ("workers", "batch_size", "in_flight"):
         if getattr(config, key) < 1:

@@ -15,6 +15,9 @@ from click.testing import CliRunner
 from transformers import AutoModelForTokenClassification
 
 from launch.cli import cli
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config
+from sapo_ray.data import Trajectory
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.sampler import original_trajectory
 from sapo_ray.store import RunDirectory, trajectory_row
@@ -40,6 +43,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with closing(data.writer(0, "trajectories")) as writer:
         questions = Chain(ChainConfig(modulus=7, max_operand=6, worked=3)).questions("worked")
         writer.extend(trajectory_row(original_trajectory(q)) for q in questions)
+    with closing(data.writer(2, "trajectories")) as writer:
+        question = Chain(load_config(RunConfig, TINY).task).questions("pool")[0]
+        writer.extend([trajectory_row(Trajectory("empty", question.id, question.text, (), None, correct=False))])
     data.writer(1, "trajectories").close()
     data.writer(1, "labels").close()
     broken = folder / "broken"
@@ -158,6 +164,10 @@ OMEGA = [*REASONER, "labeling.labeler=omega"]
         (
             [TRAJECTORIES, *OMEGA],
             "FILES/round-0/trajectories, record 0: question 'worked-0' is not one of the config's",
+        ),
+        (
+            ["FILES/round-2/trajectories", *OMEGA],
+            "FILES/round-2/trajectories, record 0: trajectory 'empty' has no steps to label",
         ),
         (["FILES/round-1/trajectories", *OMEGA], "FILES/round-1/trajectories holds no trajectories"),
         (["FILES/verifier", *OMEGA], "FILES/verifier holds no trajectories"),
