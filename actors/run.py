@@ -175,7 +175,8 @@ class Run:
         for record in result.metrics:
             self._store.log({"stage": stage, **record})
         if result.too_long:
-            self._reporter.warn(f"{stage}: {result.too_long} examples are longer than max_tokens and were left out")
+            limit = f"{Path(stage).name}.max_tokens = {job.config.max_tokens}"
+            self._reporter.warn(f"{stage}: {result.too_long} examples are longer than {limit} and were left out")
         return {
             "examples": result.examples,
             "too_long": result.too_long,

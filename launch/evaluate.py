@@ -14,12 +14,14 @@ from transformers import AutoTokenizer
 
 from launch.checks import Checkpoint
 from launch.progress import ConsoleReporter
+from launch.records import read_records
 from launch.session import ray_session
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
+from sapo_ray.data import LabelledTrajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_engine_length
-from sapo_ray.store import labelled_of, read_rows
+from sapo_ray.store import labelled_of
 from sapo_ray.tasks import Chain
 
 
@@ -54,7 +56,8 @@ def evaluate(
     settings = load_config(RunConfig, config, overrides)
     if reasoner:
         check_engine_length(settings, Chain(settings.task), AutoTokenizer.from_pretrained(reasoner))
-    arguments = ("evaluate_labels", _labelled(Path(labels))) if labels else ("evaluate", "evaluate")
+    labelled = read_records(Path(labels), _labelled, "labelled trajectory") if labels else None
+    arguments = ("evaluate_labels", labelled) if labelled else ("evaluate", "evaluate")
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
@@ -69,16 +72,14 @@ def evaluate(
         _print(figures)
 
 
-def _labelled(path: Path) -> list[Any]:
-    rows = []
-    for number, row in enumerate(read_rows(path)):
-        try:
-            rows.append(labelled_of(row))
-        except (KeyError, TypeError) as error:
-            raise SapoError(f"{path}, record {number}: no labelled trajectory, {error} is missing or wrong") from error
-    if not rows:
-        raise SapoError(f"{path} holds no labelled trajectories")
-    return rows
+def _labelled(row: Mapping[str, Any]) -> LabelledTrajectory:
+    labelled = labelled_of(row)
+    steps, labels = len(labelled.trajectory.steps), len(labelled.step_labels)
+    if not steps:
+        raise SapoError(f"trajectory {labelled.trajectory.id!r} has no steps to score")
+    if steps != labels:
+        raise SapoError(f"trajectory {labelled.trajectory.id!r} has {steps} steps and {labels} labels")
+    return labelled
 
 
 def _print(figures: Mapping[str, Mapping[str, Any]]) -> None:

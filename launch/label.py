@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from actors.client import CoordinatorClient
 from launch.checks import Checkpoint, check_writable
 from launch.progress import ConsoleReporter
+from launch.records import read_records
 from launch.session import ray_session
 from sapo_ray.annotator import distinct
 from sapo_ray.config import RunConfig
@@ -23,7 +24,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.labelers import LabelingConfig, fixed_start_score
 from sapo_ray.limits import check_engine_length
 from sapo_ray.models import Calibration
-from sapo_ray.store import RunDirectory, label_row, read_rows, rollout_row, trajectory_of
+from sapo_ray.store import RunDirectory, label_row, rollout_row, trajectory_of
 from sapo_ray.tasks import SPLITS, Chain, Task
 
 Item = tuple[Question, Trajectory]
@@ -74,10 +75,17 @@ def label(
 def read_trajectories(task: Task, path: Path) -> list[Item]:
     """A file's trajectories, each with its question. Raises SapoError for a record that does not fit, or for none."""
     questions = {q.id: q for split in SPLITS for q in task.questions(split)}
-    items = [_item(questions, row, f"{path}, record {number}") for number, row in enumerate(read_rows(path))]
-    if not items:
-        raise SapoError(f"{path} holds no trajectories")
-    return items
+
+    def item(row: Mapping[str, Any]) -> Item:
+        trajectory = trajectory_of(row)
+        question = questions.get(trajectory.question_id)
+        if question is None or question.text != trajectory.question:
+            raise SapoError(f"question {trajectory.question_id!r} is not one of the config's task")
+        if not trajectory.steps:
+            raise SapoError(f"trajectory {trajectory.id!r} has no steps to label")
+        return question, trajectory
+
+    return read_records(path, item, "trajectory")
 
 
 def write_labels(
@@ -100,16 +108,3 @@ def _require_scores(settings: RunConfig, verifier: str | None) -> None:
         raise SapoError(f"labeling.labeler is {labeling.labeler}: name a --verifier, or another labeler")
     if fixed_start_score(labeling) is None and Calibration.load(Path(verifier)) is None:
         raise SapoError(f"{verifier} has no calibration.json: set labeling.start_score to a number")
-
-
-def _item(questions: Mapping[str, Question], row: Mapping[str, Any], where: str) -> Item:
-    try:
-        trajectory = trajectory_of(row)
-    except (KeyError, TypeError) as error:
-        raise SapoError(f"{where}: no trajectory, {error} is missing or of the wrong type") from error
-    question = questions.get(trajectory.question_id)
-    if question is None or question.text != trajectory.question:
-        raise SapoError(f"{where}: question {trajectory.question_id!r} is not one of the config's task")
-    if not trajectory.steps:
-        raise SapoError(f"{where}: trajectory {trajectory.id!r} has no steps to label")
-    return question, trajectory

@@ -31,8 +31,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     environment = {
         "RAY_TRAIN_V2_ENABLED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Threads that wait actively stall each other as soon as they outnumber the free cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_WAIT_POLICY": "PASSIVE",  # as in `thread_environment`: training's workers, too, share the cores
         "PYTHONPATH": _python_path(),
     }
     # Ray's workers are nice by default, so that anything else on the machine would hold them up.

@@ -15,9 +15,9 @@ from sapo_ray.metrics import label_counts, largest_drop, repetitiveness
 
 Notes = Mapping[str, Any]
 FLATTENED = 0.5
-"""Warn when the mean largest score drop falls below this share of the round before's."""
+"""Warn when the mean largest score drop falls below this share of the largest in a round before."""
 RISEN = 0.1
-"""Warn when the self-verification error rises by this much over the round before's."""
+"""Warn when the self-verification error rises by this much over the least in a round before."""
 REPETITIVE = 0.2
 """Warn when this share of a trajectory's steps, on average, repeats an earlier step of it."""
 
@@ -61,22 +61,26 @@ class StreamReport:
 
 
 def warning_signs(number: int, notes: Mapping[str, Notes]) -> list[str]:
-    """The signs of a failing run that the paper names, read off a round's notes and the round before's."""
-    stream, before = notes.get(f"round-{number}/sample", {}), notes.get(f"round-{number - 1}/sample", {})
-    signs = []
-    drop, drop_before = stream.get("mean_largest_drop"), before.get("mean_largest_drop")
-    if drop is not None and drop_before is not None and drop < FLATTENED * drop_before:
-        signs.append(f"score drops flatten: {drop:.3f} after {drop_before:.3f}; detection may be turning random")
-    error = notes.get(f"round-{number}/self-verification", {}).get("all")
-    error_before = notes.get(f"round-{number - 1}/self-verification", {}).get("all")
-    if error is not None and error_before is not None and error > error_before + RISEN:
-        signs.append(f"self-verification error rises: {error:.3f} after {error_before:.3f}")
+    """The signs of a failing run that the paper names: a round's notes held against the best of the rounds before."""
+    stream, signs = notes.get(f"round-{number}/sample", {}), []
+    drop, drops = _by_round(number, notes, "sample", "mean_largest_drop")
+    error, errors = _by_round(number, notes, "self-verification", "all")
+    if drop is not None and drops and drop < FLATTENED * max(drops):
+        signs.append(f"score drops flatten: {drop:.3f} after {max(drops):.3f}; detection may be turning random")
+    if error is not None and errors and error > min(errors) + RISEN:
+        signs.append(f"self-verification error rises: {error:.3f} after {min(errors):.3f}")
     if (repeats := stream.get("repetitiveness")) is not None and repeats > REPETITIVE:
         signs.append(f"samples are repetitive: {repeats:.0%} of a solution's steps repeat an earlier one")
     if stream.get("labels"):
         kinds = [kind for kind in ("right", "wrong") if not stream.get("step_labels", {}).get(kind)]
         signs += [f"no step of a sampled solution is labelled {kind}" for kind in kinds]
     return signs
+
+
+def _by_round(number: int, notes: Mapping[str, Notes], stage: str, figure: str) -> tuple[float | None, list[float]]:
+    """A round's figure, None where it has none, and those of the rounds before."""
+    now, *before = (notes.get(f"round-{i}/{stage}", {}).get(figure) for i in range(number, -1, -1))
+    return now, [value for value in before if value is not None]
 
 
 def summary(notes: Mapping[str, Notes], rounds: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from transformers import AutoModelForTokenClassification
 from launch.cli import cli
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
-from sapo_ray.data import Trajectory
+from sapo_ray.data import LabelledTrajectory, Trajectory
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.sampler import original_trajectory
-from sapo_ray.store import RunDirectory, trajectory_row
+from sapo_ray.store import RunDirectory, label_row, trajectory_row
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with closing(data.writer(2, "trajectories")) as writer:
         question = Chain(load_config(RunConfig, TINY).task).questions("pool")[0]
         writer.extend([trajectory_row(Trajectory("empty", question.id, question.text, (), None, correct=False))])
+    with closing(data.writer(2, "labels")) as writer:
+        one = Trajectory("one", question.id, question.text, ("1+1=2\n",), "2", correct=False)
+        writer.extend([label_row(LabelledTrajectory(one, "saps", (1, 0)))])
     data.writer(1, "trajectories").close()
     data.writer(1, "labels").close()
     broken = folder / "broken"
@@ -169,8 +172,8 @@ OMEGA = [*REASONER, "labeling.labeler=omega"]
             ["FILES/round-2/trajectories", *OMEGA],
             "FILES/round-2/trajectories, record 0: trajectory 'empty' has no steps to label",
         ),
-        (["FILES/round-1/trajectories", *OMEGA], "FILES/round-1/trajectories holds no trajectories"),
-        (["FILES/verifier", *OMEGA], "FILES/verifier holds no trajectories"),
+        (["FILES/round-1/trajectories", *OMEGA], "FILES/round-1/trajectories holds no trajectory"),
+        (["FILES/verifier", *OMEGA], "FILES/verifier holds no trajectory"),
         (["FILES/text.parquet", *OMEGA], "FILES/text.parquet cannot be read: "),
         (["FILES/no", *OMEGA], "Invalid value for 'TRAJECTORIES': Path 'FILES/no' does not exist."),
     ],
@@ -189,7 +192,11 @@ def test_labelling_that_cannot_be(files: Path, arguments: Sequence[str], message
         ([*REASONER, *VERIFIER, "--labels", TRAJECTORIES], "--labels goes with --verifier alone"),
         (["--verifier", "FILES/reasoner"], "Invalid value for '--verifier': FILES/reasoner holds Qwen2ForCausalLM; a "),
         ([*VERIFIER, "--labels", TRAJECTORIES], "FILES/round-0/trajectories, record 0: no labelled trajectory, "),
-        ([*VERIFIER, "--labels", "FILES/round-1/labels"], "FILES/round-1/labels holds no labelled trajectories"),
+        ([*VERIFIER, "--labels", "FILES/round-1/labels"], "FILES/round-1/labels holds no labelled trajectory"),
+        (
+            [*VERIFIER, "--labels", "FILES/round-2/labels"],
+            "FILES/round-2/labels, record 0: trajectory 'one' has 1 steps and 2 labels",
+        ),
         ([*REASONER, "sampling.max_tokens=400"], "engine.max_model_len is 64; it must be at least 413: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -92,6 +92,19 @@ def test_each_warning_sign_comes_at_its_threshold(
     assert signs(before, {"mean_largest_drop": drop, "repetitiveness": repeats}, (0.5, error)) == expected
 
 
+def test_a_sign_that_grows_slowly_is_seen() -> None:
+    """Held against the best round so far: 0.08 more error in each of two rounds is 0.16 more."""
+    notes = {
+        **{f"round-{i}/self-verification": {"all": 0.4 + 0.08 * i} for i in range(3)},
+        **{f"round-{i}/sample": {"mean_largest_drop": 0.5 * 0.6**i} for i in range(3)},
+    }
+    assert warning_signs(1, notes) == []
+    assert warning_signs(2, notes) == [
+        "score drops flatten: 0.180 after 0.500; detection may be turning random",
+        "self-verification error rises: 0.560 after 0.400",
+    ]
+
+
 def test_without_a_round_before_there_is_nothing_to_compare_with() -> None:
     assert signs({}, {"mean_largest_drop": 0.0}, (None, 1.0)) == []
     assert warning_signs(0, {}) == []
