@@ -47,12 +47,19 @@ class CoordinatorClient:
             self._load()
             answer = getattr(self._actor, method).remote(*args)
             while not ray.wait([answer], timeout=1.0)[0]:
-                progress = ray.get(self._actor.progress.remote())
-                self._reporter.update(progress["done"], progress["total"], f"{progress['tokens']:,} tokens")
+                self._show(ray.get(self._actor.progress.remote()))
             return ray.get(answer)
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             raise SapoError(f"{method}: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
+
+    def _show(self, progress: dict[str, Any]) -> None:
+        for event in progress["events"]:
+            self._reporter.say(event)
+        waits = [f"{count} {name} workers wait for a node" for name, count in progress["unplaced"].items()]
+        self._reporter.update(
+            progress["done"], progress["total"], ", ".join([f"{progress['tokens']:,} tokens", *waits])
+        )
 
     def _load(self) -> None:
         if self._actor is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -55,6 +55,7 @@ from sapo_ray.store import (
 from sapo_ray.tasks import Chain
 
 _CALIBRATION_ROWS = 1000
+Item = tuple[Question, Trajectory]
 
 
 class Coordinator:
@@ -92,7 +93,7 @@ class Coordinator:
         self._engines.begin(len(questions))
         with closing(self._store.writer(0, "validation")) as writer:
             stream = self._engines.stream(questions, lambda q: self._sampler.unique(q, "validation"))
-            async for trajectories in stream:
+            async for _, trajectories in stream:
                 writer.extend(trajectory_row(t) for t in trajectories)
         return self._notes(trajectories=writer.rows)
 
@@ -120,28 +121,27 @@ class Coordinator:
             if annotator and round_number == 0:
                 originals = map(trajectory_of, self._store.read(0, "original"))
                 label_writer.extend(label_row(annotator.labelled(t, label_correct(t))) for t in originals)
-            async for trajectories, annotations in self._engines.stream(questions, work):
+            async for _, (trajectories, annotations) in self._engines.stream(questions, work):
                 trajectory_writer.extend(trajectory_row(t) for t in trajectories)
                 label_writer.extend(map(label_row, distinct(annotations)))
                 rollout_writer.extend(rollout_row(r) for a in annotations for r in a.rollouts)
                 report.add(trajectories, annotations)
         return self._notes(**report.notes(), labels=label_writer.rows)
 
-    async def sample(self, questions: Sequence[Question], stage: str) -> list[list[Trajectory]]:
+    async def sample(self, questions: Sequence[Question], stage: str) -> list[tuple[Question, list[Trajectory]]]:
         """The loaded reasoner's different trajectories of each question."""
         self._engines.begin(len(questions))
-        stream = self._engines.stream(questions, lambda q: self._sampler.unique(q, stage))
-        return [trajectories async for trajectories in stream]
+        return [pair async for pair in self._engines.stream(questions, lambda q: self._sampler.unique(q, stage))]
 
     async def label(
-        self, items: Sequence[tuple[Question, Trajectory]], labeling: LabelingConfig, stage: str
-    ) -> tuple[list[Annotation], dict[str, Any]]:
-        """Label given trajectories with the loaded models: the annotations in their order, and the stage's notes."""
+        self, items: Sequence[Item], labeling: LabelingConfig, stage: str
+    ) -> tuple[list[tuple[Item, Annotation]], dict[str, Any]]:
+        """Label given trajectories with the loaded models: each with its annotation, and the stage's notes."""
         annotator = self._annotator(labeling)
         self._engines.begin(len(items))
         stream = self._engines.stream(items, lambda item: self._label(annotator, *item, stage))
-        annotations = [annotation async for annotation in stream]
-        return annotations, self._notes()
+        annotated = [pair async for pair in stream]
+        return annotated, self._notes()
 
     async def calibrate(self, round_number: int, checkpoint: str) -> dict[str, Any]:
         """Measure and store with V_i its start score and its threshold (see `Calibration`).
@@ -151,10 +151,11 @@ class Coordinator:
         labelled = self._calibration_rows(round_number)
         tuning, _ = self._validation()
         self._engines.begin(len(labelled) + len(tuning))
-        first_scores = [scores[0] for scores in await self._score_all([row.trajectory for row in labelled])]
+        first_scores = [scores[0] for _, scores in await self._score_all([row.trajectory for row in labelled])]
+        tuned = await self._score_all(tuning)
         calibration = Calibration(
-            start_score=start_score(first_scores, [1] * len(labelled)) if labelled else None,
-            threshold=best_threshold([min(s) for s in await self._score_all(tuning)], [t.correct for t in tuning]),
+            start_score=start_score(first_scores, [1] * len(first_scores)) if first_scores else None,
+            threshold=best_threshold([min(scores) for _, scores in tuned], [t.correct for t, _ in tuned]),
         )
         calibration.save(Path(checkpoint))
         self._engines.calibration = calibration
@@ -172,14 +173,14 @@ class Coordinator:
         questions = {q.id: q for q in self._task.questions("validation")}
         _, fixed = self._validation()
         self._engines.begin(2 * len(fixed))
-        scores = await self._score_all(fixed)
+        scored = await self._score_all(fixed)
         annotator = self._annotator(replace(self._config.labeling, labeler="saps", expand=False))
         stream = self._engines.stream(
-            list(zip(fixed, scores, strict=True)),
-            lambda item: self._annotate(annotator, questions[item[0].question_id], *item, stage),
+            scored, lambda item: self._annotate(annotator, questions[item[0].question_id], *item, stage)
         )
-        labelled = [annotation.labelled[0] async for annotation in stream]
-        return self._notes(trajectories=len(fixed), **self_verification_error(labelled, scores, self._threshold()))
+        checked = [(annotation.labelled[0], scores) async for (_, scores), annotation in stream]
+        error = self_verification_error([row for row, _ in checked], [s for _, s in checked], self._threshold())
+        return self._notes(trajectories=len(checked), **error)
 
     async def make_pairs(self, round_number: int) -> dict[str, Any]:
         """P_i: preference pairs from V_i's mean scores of all of D_i = S_i ∪ D_{i-1}."""
@@ -187,8 +188,9 @@ class Coordinator:
         self._engines.begin(len(trajectories))
         means: dict[str, float] | None = None
         if self._config.verify:
-            scores = await self._score_all(trajectories)
-            means = {t.id: fmean(s) for t, s in zip(trajectories, scores, strict=True)}
+            scored = await self._score_all(trajectories)
+            means = {trajectory.id: fmean(scores) for trajectory, scores in scored}
+            trajectories = [trajectory for trajectory, _ in scored]
         pairs = make_pairs(trajectories, means, self._config.pairs)
         by_outcome = make_pairs(trajectories, None, self._config.pairs)
         with closing(self._store.writer(round_number, "pairs")) as writer:
@@ -209,11 +211,12 @@ class Coordinator:
         work += [(q, 0) for q in ood]
         self._engines.begin(len(work))
         stream = self._engines.stream(work, lambda item: answer(self._sampler, item[0], stage, item[1]))
-        answered = [result async for result in stream]
-        on_test = answered[: len(test)]
+        answered = [result async for _, result in stream]
+        of_test = {question.id for question in test}
+        on_test = [a for a in answered if a.question.id in of_test]
         return self._notes(
             test=reasoner_report(on_test),
-            ood=reasoner_report(answered[len(test) :]),
+            ood=reasoner_report([a for a in answered if a.question.id not in of_test]),
             verifier=await self._evaluate_verifier(on_test) if self._engines.has_verifier else None,
             correct=[a.greedy.correct for a in on_test],
         )
@@ -221,14 +224,16 @@ class Coordinator:
     async def evaluate_labels(self, labelled: Sequence[LabelledTrajectory]) -> dict[str, Any]:
         """The loaded verifier's scores against given step labels; masked steps are left out."""
         self._engines.begin(len(labelled))
-        scores = await self._score_all([row.trajectory for row in labelled])
-        return self._notes(verifier=step_report(scores, [row.step_labels for row in labelled], self._threshold()))
+        stream = self._engines.stream(labelled, lambda row: self._engines.score(row.trajectory))
+        scored = [(scores, row.step_labels) async for row, scores in stream]
+        report = step_report([scores for scores, _ in scored], [labels for _, labels in scored], self._threshold())
+        return self._notes(verifier=report)
 
     async def _evaluate_verifier(self, answered: Sequence[Sampled]) -> dict[str, Any]:
-        drawn = [(a.question, sample) for a in answered for sample in a.samples if sample.steps]
-        scores = await self._score_all([sample for _, sample in drawn])
-        scored = [(question, sample, s) for (question, sample), s in zip(drawn, scores, strict=True)]
-        means = {sample.id: fmean(s) for _, sample, s in scored}
+        questions = {sample.id: a.question for a in answered for sample in a.samples}
+        drawn = [sample for a in answered for sample in a.samples if sample.steps]
+        scored = [(questions[sample.id], sample, scores) for sample, scores in await self._score_all(drawn)]
+        means = {sample.id: fmean(scores) for _, sample, scores in scored}
         report = verifier_report(
             self._task, scored, self._start_score(), self._threshold(), self._config.labeling.allow_first_step
         )
@@ -255,8 +260,8 @@ class Coordinator:
         self._engines.cost += Cost(trajectories=1, checks=annotation.checks, rollouts=len(annotation.rollouts))
         return annotation
 
-    async def _score_all(self, trajectories: Sequence[Trajectory]) -> list[tuple[float, ...]]:
-        return [scores async for scores in self._engines.stream(trajectories, self._engines.score)]
+    async def _score_all(self, trajectories: Sequence[Trajectory]) -> list[tuple[Trajectory, tuple[float, ...]]]:
+        return [pair async for pair in self._engines.stream(trajectories, self._engines.score)]
 
     def _start_score(self) -> float | None:
         """The config's; else the loaded verifier's, 1 where its training had no right first step, None without any."""
@@ -274,4 +279,6 @@ class Coordinator:
         return split_validation(trajectories, self._config.evaluation.verification)
 
     def _notes(self, **notes: Any) -> dict[str, Any]:
+        if self._engines.quarantined:
+            notes["quarantined"] = [asdict(quarantine) for quarantine in self._engines.quarantined]
         return {**notes, "cost": self._engines.cost.as_dict()}

@@ -2,80 +2,85 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
 
-from actors.pool import Pool
+from actors.pool import ElasticPool, QuarantinedError
 from actors.reasoner import reasoner_pool
 from actors.verifier import verifier_pool
 from sapo_ray.concurrency import ordered
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
-from sapo_ray.data import Trajectory
-from sapo_ray.encoding import Encoded, encode
+from sapo_ray.data import LabelledTrajectory, Question, Trajectory
+from sapo_ray.encoding import encode
 from sapo_ray.models import Calibration, parameter_count
-from sapo_ray.requests import Completion, GenerateRequest
+from sapo_ray.requests import Completion, GenerateRequest, ScoreRequest
 from sapo_ray.tasks import Task
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """An item of a stage that was left out, because workers died over one of its requests."""
+
+    question_id: str
+    request_id: str
+    cause: str
+    log_tail: str
+
+
 class Engines:
-    """Both pools, what the stage in progress has cost so far, and how far it is."""
+    """Both pools, what the stage in progress has cost so far, how far it is, and what it had to leave out."""
 
     def __init__(self, config: RunConfig, task: Task) -> None:
         self._config, self._task = config, task
-        self._reasoners: Pool[GenerateRequest, Completion] | None = None
-        self._verifiers: Pool[Encoded, list[float]] | None = None
+        self._reasoners = reasoner_pool(config.engine, config.scaling)
+        self._verifiers = verifier_pool(config.verifier, config.scaling)
+        self.has_verifier = False
         self.calibration: Calibration | None = None
-        self.cost = Cost()
-        self._done, self._total = 0, 0
+        self.begin(0)
 
     async def load_reasoner(self, checkpoint: str) -> None:
         """Load a reasoner into every engine, in place; the first call starts the engines.
 
         Raises with the engine's own cause where they cannot start.
         """
-        if self._reasoners is None:
-            self._reasoners = reasoner_pool(self._config.engine, checkpoint)
-            await self._reasoners.start()
-        else:
-            await self._reasoners.broadcast("load", checkpoint)
+        await self._reasoners.load(checkpoint)
         self._reasoner_parameters = parameter_count(Path(checkpoint))
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     async def load_verifier(self, checkpoint: str) -> None:
         """Load a verifier, and its calibration if it has one; the first call starts the scoring workers."""
-        if self._verifiers is None:
-            self._verifiers = verifier_pool(self._config.verifier, checkpoint)
-            await self._verifiers.start()
-        else:
-            await self._verifiers.broadcast("load", checkpoint)
+        await self._verifiers.load(checkpoint)
+        self.has_verifier = True
         self._verifier_parameters = parameter_count(Path(checkpoint))
         self.calibration = Calibration.load(Path(checkpoint))
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     async def reset_prefix_cache(self) -> None:
         """Forget every prompt the engines have seen."""
-        await self._pool().broadcast("reset_prefix_cache")
+        await self._reasoners.broadcast("reset_prefix_cache")
 
     async def close(self) -> None:
-        for pool in (self._reasoners, self._verifiers):
-            if pool is not None:
-                await pool.close()
+        for pool in self._pools:
+            await pool.close()
 
     @property
-    def has_verifier(self) -> bool:
-        return self._verifiers is not None
+    def _pools(self) -> tuple[ElasticPool[Any, Any], ...]:
+        return self._reasoners, self._verifiers
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion by the reasoner."""
-        completion = await self._pool().submit(request)
+        self._asked[self._reasoners] += 1
+        completion = await self._reasoners.submit(request)
         computed = completion.prompt_tokens - completion.cached_tokens + completion.generated_tokens
         self.cost += Cost(
             prompt_tokens=completion.prompt_tokens,
@@ -87,28 +92,70 @@ class Engines:
 
     async def score(self, trajectory: Trajectory) -> tuple[float, ...]:
         """ĉ_j for every step of a trajectory, from one forward pass of the verifier. Raises where none is loaded."""
-        if self._verifiers is None:
+        if not self.has_verifier:
             raise RuntimeError(f"trajectory {trajectory.id} cannot be scored: no verifier is loaded")
+        self._asked[self._verifiers] += 1
         encoded = encode(self.tokenizer, self._task.prompt(trajectory.question), trajectory.steps)
-        scores = await self._verifiers.submit(encoded)
+        scores = await self._verifiers.submit(ScoreRequest(trajectory.id, encoded))
         self.cost += Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids))
         return tuple(scores)
 
-    def _pool(self) -> Pool[GenerateRequest, Completion]:
-        if self._reasoners is None:
-            raise RuntimeError("no reasoner is loaded")
-        return self._reasoners
-
     def begin(self, total: int) -> None:
         """A stage of `total` items begins: its cost and progress start at nothing."""
-        self.cost, self._done, self._total = Cost(), 0, total
+        self.cost, self.quarantined = Cost(), list[Quarantine]()
+        self._asked: Counter[ElasticPool[Any, Any]] = Counter()
+        self._done, self._begun, self._total = 0, 0, total
 
-    async def stream(self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]) -> AsyncIterator[Result]:
-        """`ordered` over the items, `questions_in_flight` at a time, counted as progress."""
-        async with aclosing(ordered(items, work, self._config.ray.questions_in_flight)) as results:
+    async def stream(
+        self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]
+    ) -> AsyncIterator[tuple[Item, Result]]:
+        """Every item with its result, in their order, `questions_in_flight` for each rollout worker at a time.
+
+        An item over whose requests workers died again and again is left out and noted in `quarantined`.
+        """
+
+        async def attempt(item: Item) -> tuple[Item, Result] | None:
+            self._begun += 1
+            self._look_ahead()
+            try:
+                return item, await work(item)
+            except QuarantinedError as error:
+                self.quarantined.append(Quarantine(_question_id(item), error.request_id, error.cause, error.log_tail))
+                return None
+
+        async with aclosing(ordered(items, attempt, self._window)) as results:
             async for result in results:
                 self._done += 1
-                yield result
+                if result is not None:
+                    yield result
 
     def progress(self) -> dict[str, Any]:
-        return {"done": self._done, "total": self._total, "tokens": self.cost.generated_tokens}
+        """Counts of the stage in progress, and what has happened to workers since the last call, a line each."""
+        stats = {pool.name: pool.stats() for pool in self._pools}
+        return {
+            "done": self._done,
+            "total": self._total,
+            "tokens": self.cost.generated_tokens,
+            "unplaced": {name: s.unplaced for name, s in stats.items() if s.unplaced},
+            "events": [event for pool in self._pools for event in pool.events()],
+        }
+
+    def _window(self) -> int:
+        return self._config.ray.questions_in_flight * max(1, self._reasoners.stats().ready)
+
+    def _look_ahead(self) -> None:
+        """Tell the pools what the items that have not begun will ask of them, if they are like those that have."""
+        for pool in self._pools:
+            pool.upcoming = (self._total - self._begun) * self._asked[pool] / self._begun
+
+
+def _question_id(item: object) -> str:
+    """The question of a stage's item: a question, a trajectory with or without labels, or a tuple that begins so."""
+    match item:
+        case (first, *_):
+            return _question_id(first)
+        case Question(id=name) | Trajectory(question_id=name):
+            return name
+        case LabelledTrajectory(trajectory=trajectory):
+            return trajectory.question_id
+    raise TypeError(f"{type(item).__name__} has no question")

@@ -1,8 +1,12 @@
-"""A pool of Ray actors behind one asynchronous function: single requests in, single results out.
+"""An elastic pool of Ray actors behind one asynchronous function: single requests in, single results out.
 
 Requests that wait together travel together: a worker with room takes an even share of what is waiting, up to
 `batch_size`, and no timer holds anything back. A request that arrives while the workers are full waits its turn; while
 too many wait, `submit` itself does.
+
+A dead or hung worker is replaced and what it held is asked of others. Requests that were on a worker when it died are
+under suspicion: they go to a worker of their own, fewer at a time each time, until the one that kills is alone with it
+and is set aside.
 """
 
 from __future__ import annotations
@@ -10,140 +14,333 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.worker import EngineDeadError, Place, log_tail
 from sapo_ray.errors import SapoError
-
-Request = TypeVar("Request")
-Result = TypeVar("Result")
+from sapo_ray.requests import PoolConfig
+from sapo_ray.scaling import Growth, Load, ScalingConfig, growth
 
 RATE_WINDOW = 30.0
-"""Seconds over which `PoolStats.rate` is taken."""
+"""Seconds over which the rate of a pool is taken."""
+FAILED_STARTS = 3
+"""Workers that may die one after the other while they start, before the pool gives up."""
+_TICK = 1.0
+_SCHEDULING = 5.0  # a worker that Ray has not placed after so many seconds waits for a node
+
+
+class HasId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Request = TypeVar("Request", bound=HasId)
+Result = TypeVar("Result")
 
 
 class WorkerError(SapoError):
-    """A worker died or could not do what it was asked. One line: the pool, the worker, what it did, and the cause."""
+    """A worker could not do what it was asked. One line: the pool, the worker, what it did, and the cause."""
+
+
+class QuarantinedError(SapoError):
+    """A request that is not tried again, because workers died over it."""
+
+    def __init__(self, request_id: str, kills: int, cause: str, log_tail: str) -> None:
+        super().__init__(f"request {request_id} is set aside: {kills} workers died over it; the last: {cause}")
+        self.request_id, self.cause, self.log_tail = request_id, cause, log_tail
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """Counts of workers and of requests; `rate` is requests finished per second, lately."""
+    """Counts of workers and requests; `rate` is requests finished per second and busy worker, lately.
 
-    workers: int
+    `unplaced` of the `starting` workers wait for a node. `counts`: dead, hung, retries, quarantined, hedged,
+    grown, shrunk.
+    """
+
+    ready: int
+    starting: int
+    unplaced: int
     queued: int
     in_flight: int
     done: int
-    rate: float
+    rate: float | None
+    counts: dict[str, int]
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
     number: int
     actor: Any
+    version: int
+    created: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    place: Place | None = None
     calls: int = 0
     requests: int = 0
+    idle_since: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting(Generic[Request, Result]):
     request: Request
     result: asyncio.Future[Result]
+    kills: int = 0
+    sent: float = 0.0
+    holders: list[_Worker] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _Meter:
-    """Requests done, in all and within the last `RATE_WINDOW` seconds."""
+    """Requests done and seconds that workers were busy, in all and within the last `RATE_WINDOW` seconds."""
 
     done: int = 0
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque([(time.monotonic(), 0)]))
+    busy: float = 0.0
+    seen: float = field(default_factory=time.monotonic)
+    recent: deque[tuple[float, int, float]] = field(default_factory=lambda: deque([(time.monotonic(), 0, 0.0)]))
 
-    def count(self, requests: int) -> None:
-        self.done += requests
-        self.recent.append((time.monotonic(), self.done))
-        while self.recent[0][0] < self.recent[-1][0] - RATE_WINDOW:
+    def tick(self, busy_workers: int) -> None:
+        now = time.monotonic()
+        self.busy += busy_workers * (now - self.seen)
+        self.seen = now
+        self.recent.append((now, self.done, self.busy))
+        while self.recent[0][0] < now - RATE_WINDOW:
             self.recent.popleft()
 
-    def rate(self) -> float:
-        (start, before), now = self.recent[0], time.monotonic()
-        return (self.done - before) / (now - start) if now > start else 0.0
+    def rate(self) -> float | None:
+        (_, first_done, first_busy), (_, done, busy) = self.recent[0], self.recent[-1]
+        return (done - first_done) / (busy - first_busy) if busy > first_busy and done > first_done else None
 
 
-class Pool(Generic[Request, Result]):
-    """Workers of one class, each a Ray actor with `ready()` and one batch method: list of requests -> list of results.
+class ElasticPool(Generic[Request, Result]):
+    """`workers` to `max_workers` actors, PoolWorkers with `ready()`, `load(checkpoint)` and a batch method: requests ->
+    results.
 
-    An exception in the list fails its request alone. What a call raises fails all requests of that call, and a worker's
-    death those it held, with a WorkerError that names the cause. Lives in one asyncio loop.
+    An exception in the list fails its request alone; what a call raises fails all requests of that call, with a
+    WorkerError that names the cause. A worker that cannot start for a reason of its own breaks the pool: everything
+    that waits fails with that reason. Lives in one asyncio loop. `upcoming` is what its users expect to submit yet.
     """
 
     def __init__(
         self,
         name: str,
-        make_actor: Callable[[], Any],
+        make_actor: Callable[[str], Any],
         method: str,
-        *,
-        workers: int,
-        batch_size: int,
-        in_flight: int,
+        config: PoolConfig,
+        scaling: ScalingConfig,
     ) -> None:
-        self._name, self._make_actor, self._method = name, make_actor, method
-        self._size, self._batch_size, self._in_flight = workers, batch_size, in_flight
+        self.name, self._make_actor, self._method = name, make_actor, method
+        self._least, self._most, self._scaling = config.workers, config.most_workers, scaling
+        self._batch_size, self._in_flight = config.batch_size, config.in_flight
+        self.upcoming = 0.0
+        self._checkpoint: str | None = None
+        self._version = 0
         self._workers: list[_Worker] = []
+        self._made = 0
         self._queue: deque[_Waiting[Request, Result]] = deque()
-        self._room = asyncio.Semaphore(2 * workers * batch_size * in_flight)
+        self._suspects: deque[_Waiting[Request, Result]] = deque()
+        self._isolated: _Worker | None = None
+        self._flying: set[_Waiting[Request, Result]] = set()
+        self._room = asyncio.Semaphore(2 * self._most * self._batch_size * self._in_flight)
         self._exclusive = asyncio.Lock()
         self._calls: set[asyncio.Task[None]] = set()
-        self._meter = _Meter()
-        self._woken = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._broken: WorkerError | None = None
+        self._failed_starts = 0
+        self._meter, self._counts = _Meter(), Counter[str]()
+        self._events: list[str] = []
+        self._woken = self._paused = False
 
-    async def start(self) -> None:
-        """Start the workers and wait until all are ready. Raises WorkerError with the cause; then none is left."""
-        self._workers = [_Worker(number, self._make_actor()) for number in range(self._size)]
+    async def load(self, checkpoint: str) -> None:
+        """Have every worker hold `checkpoint`, between requests; the first call starts the least number of workers.
+
+        Returns when those are ready. Raises WorkerError with the cause where a worker cannot start or load.
+        """
+        before, self._checkpoint = self._checkpoint, checkpoint
+        self._version += 1
+        if before is None:
+            self._spawn(self._monitor())
         try:
-            await self.broadcast("ready")
+            await self._exclusively(self._reload)
         except WorkerError:
-            await self.close()
+            self._checkpoint = before
             raise
+        await self.resume()
 
     async def submit(self, request: Request) -> Result:
         """The result of one request. Waits for room while the pool holds twice what its workers can have in flight."""
         async with self._room:
+            if self._broken:
+                raise self._broken
             waiting = _Waiting[Request, Result](request, asyncio.get_running_loop().create_future())
             self._queue.append(waiting)
             self._wake()
             return await waiting.result
 
-    async def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker, between requests: those in flight end first, those queued wait.
+    async def broadcast(self, method: str) -> None:
+        """Call a method of every ready worker, between requests: those in flight end first, those queued wait.
 
-        Raises WorkerError where a worker fails.
+        A worker that dies is replaced. Raises WorkerError for what a worker raises.
         """
-        async with self._exclusive:
-            while self._calls:
-                await asyncio.wait(self._calls)
-            asked = [self._ask(worker, method, *args) for worker in self._workers]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-        self._wake()
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
+        await self._exclusively(lambda worker: self._ask(worker, method))
+
+    async def pause(self) -> None:
+        """End all workers once what they have in flight is done, so that others can have their place."""
+        self._paused = True
+        await self._exclusively(self._end)
+        for worker in list(self._workers):  # those that are still starting
+            self._remove(worker)
+
+    async def resume(self) -> None:
+        """Have the least number of workers up again, and wait until they are ready. Raises what broke the pool."""
+        self._paused = False
+        self._scale()
+        while not self._broken and sum(worker.ready for worker in self._workers) < self._least:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._broken:
+            raise self._broken
 
     async def close(self) -> None:
         """End the workers. Requests that are still waiting fail."""
-        for worker in self._workers:
-            ray.kill(worker.actor)
-        self._workers = []
-        self._fail_queue(f"{self._name} pool: closed")
+        self._break(WorkerError(f"{self.name} pool: closed"))
+        for task in (*self._tasks, *self._calls):
+            task.cancel()
 
     def stats(self) -> PoolStats:
-        in_flight = sum(worker.requests for worker in self._workers)
-        return PoolStats(len(self._workers), len(self._queue), in_flight, self._meter.done, self._meter.rate())
+        ready = sum(worker.ready for worker in self._workers)
+        late = time.monotonic() - _SCHEDULING
+        return PoolStats(
+            ready=ready,
+            starting=len(self._workers) - ready,
+            unplaced=sum(worker.place is None and worker.created < late for worker in self._workers),
+            queued=len(self._queue) + len(self._suspects),
+            in_flight=len(self._flying),
+            done=self._meter.done,
+            rate=self._meter.rate(),
+            counts=dict(self._counts),
+        )
+
+    def events(self) -> list[str]:
+        """What has happened to workers since the last call, a line each."""
+        events, self._events = self._events, []
+        return events
+
+    # Workers: started, watched, lost, ended.
+
+    async def _monitor(self) -> None:
+        while not self._broken:
+            self._meter.tick(sum(worker.requests > 0 for worker in self._workers))
+            self._scale()
+            self._hedge()
+            await asyncio.sleep(_TICK)
+
+    def _scale(self) -> None:
+        if self._paused or self._broken or self._checkpoint is None:
+            return
+        ready = [worker for worker in self._workers if worker.ready]
+        waiting = len(self._queue) + len(self._suspects) + self.upcoming
+        load = Load(waiting, len(ready), len(self._workers) - len(ready), self._meter.rate())
+        if decision := growth(load, self._least, self._most, self._scaling.grow_after):
+            self._grow(decision)
+        long_ago = time.monotonic() - self._scaling.shrink_after
+        idle = [worker for worker in ready if not worker.requests and worker.idle_since < long_ago]
+        for worker in idle[: max(0, len(self._workers) - self._least)]:
+            self._counts["shrunk"] += 1
+            self._say(f"worker {worker.number} ends after {self._scaling.shrink_after:g} s without work")
+            self._remove(worker)
+
+    def _grow(self, decision: Growth) -> None:
+        if self._made >= self._least:  # not the first ones
+            self._counts["grown"] += decision.workers
+            self._say(f"{len(self._workers)} -> {len(self._workers) + decision.workers} workers: {decision.reason}")
+        assert self._checkpoint is not None
+        for _ in range(decision.workers):
+            worker = _Worker(self._made, self._make_actor(self._checkpoint), self._version)
+            self._made += 1
+            self._workers.append(worker)
+            self._spawn(self._start(worker))
+
+    async def _start(self, worker: _Worker) -> None:
+        try:
+            worker.place = await worker.actor.where.remote()
+            await worker.actor.ready.remote()
+            await self._reload(worker)
+        except RayActorError as error:
+            if worker in self._workers:  # not ended by the pool itself
+                self._failed_starts += not _node_is_lost(error)
+                if self._failed_starts >= FAILED_STARTS:
+                    self._break(self._error(worker, "start", error))
+                self._lose(worker, _one_line(error))
+        except Exception as error:
+            self._break(error if isinstance(error, WorkerError) else self._error(worker, "start", error))
+        else:
+            self._failed_starts = 0
+            worker.ready, worker.idle_since = True, time.monotonic()
+            self._spawn(self._watch(worker))
+            self._changed.set()
+            self._wake()
+
+    async def _reload(self, worker: _Worker) -> None:
+        while worker.version != self._version:
+            version = self._version
+            await self._ask(worker, "load", self._checkpoint)
+            worker.version = version
+
+    async def _watch(self, worker: _Worker) -> None:
+        """Replace a worker that has work and does nothing, or that does not answer at all."""
+        limit, seen, since = self._scaling.hang_after, -1, time.monotonic()
+        while worker in self._workers:
+            await asyncio.sleep(limit / 8)
+            try:
+                beat = await asyncio.wait_for(worker.actor.beat.remote(), limit)
+            except TimeoutError:
+                return self._hung(worker)
+            except RayActorError as error:
+                return self._lose(worker, _one_line(error))
+            if beat != seen or not worker.requests:
+                seen, since = beat, time.monotonic()
+            elif time.monotonic() - since > limit:
+                return self._hung(worker)
+
+    def _hung(self, worker: _Worker) -> None:
+        self._counts["hung"] += worker in self._workers
+        self._lose(worker, f"hung: no progress for {self._scaling.hang_after:g} s")
+
+    def _lose(self, worker: _Worker, cause: str) -> None:
+        """Take a dead worker off the list; its calls fail by themselves and are retried."""
+        if worker in self._workers:
+            self._counts["dead"] += 1
+            self._say(f"worker {worker.number} is lost ({cause}) and will be replaced")
+            self._remove(worker)
+            self._scale()
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        if self._isolated is worker:
+            self._isolated = None
+        ray.kill(worker.actor)
+
+    async def _end(self, worker: _Worker) -> None:
+        self._remove(worker)
+
+    def _break(self, error: WorkerError) -> None:
+        self._broken = self._broken or error
+        for worker in list(self._workers):
+            self._remove(worker)
+        self._fail([*self._queue, *self._suspects, *self._flying], self._broken)
+        self._queue.clear()
+        self._suspects.clear()
+        self._changed.set()
+
+    # Requests: sent, answered, retried, set aside.
 
     def _wake(self) -> None:
         """Dispatch after everything that is ready to run now has run: what is submitted together then goes together."""
@@ -153,55 +350,122 @@ class Pool(Generic[Request, Result]):
 
     def _dispatch(self) -> None:
         self._woken = False
-        if not self._workers:
-            self._fail_queue(f"{self._name} pool: no worker is left")
-        if self._exclusive.locked() or not (free := self._free()):
+        if self._exclusive.locked():
             return
-        share = min(self._batch_size, math.ceil(len(self._queue) / len(free)))
-        while self._queue and (free := self._free()):
-            self._send(min(free, key=lambda worker: worker.requests), share)
+        self._dispatch_suspects()
+        if free := self._free():
+            share = min(self._batch_size, math.ceil(len(self._queue) / len(free)))
+            while self._queue and (free := self._free()):
+                batch = [self._queue.popleft() for _ in range(min(share, len(self._queue)))]
+                self._send(min(free, key=lambda worker: worker.requests), batch)
+
+    def _dispatch_suspects(self) -> None:
+        """Give suspects to one worker that has nothing else; those that one more death would set aside go alone."""
+        ready = [worker for worker in self._workers if worker.ready]
+        if self._suspects and self._isolated is None and ready:
+            self._isolated = min(ready, key=lambda worker: worker.requests)
+        if self._isolated is None or self._isolated.calls:
+            return
+        if not self._suspects:
+            self._isolated = None
+            return
+        alone = self._suspects[0].kills >= self._scaling.max_kills - 1
+        size = 1 if alone else min(self._batch_size, len(self._suspects))
+        self._send(self._isolated, [self._suspects.popleft() for _ in range(size)])
 
     def _free(self) -> list[_Worker]:
-        return [worker for worker in self._workers if worker.calls < self._in_flight]
+        return [w for w in self._workers if w.ready and w.calls < self._in_flight and w is not self._isolated]
 
-    def _send(self, worker: _Worker, count: int) -> None:
-        batch = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
-        batch = [waiting for waiting in batch if not waiting.result.done()]  # those whose caller has given up
-        if batch:
-            worker.calls += 1
-            worker.requests += len(batch)
-            call = asyncio.create_task(self._call(worker, batch))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+    def _hedge(self) -> None:
+        if not self._scaling.hedge_after or self._exclusive.locked():
+            return
+        late = time.monotonic() - self._scaling.hedge_after
+        for waiting in [w for w in self._flying if w.sent < late and len(w.holders) == 1]:
+            if others := [worker for worker in self._free() if worker not in waiting.holders]:
+                self._counts["hedged"] += 1
+                self._send(min(others, key=lambda worker: worker.requests), [waiting])
+
+    def _send(self, worker: _Worker, batch: list[_Waiting[Request, Result]]) -> None:
+        batch = [waiting for waiting in batch if not waiting.result.done()]  # not those whose caller has given up
+        if not batch:
+            return self._wake()
+        worker.calls += 1
+        worker.requests += len(batch)
+        for waiting in batch:
+            waiting.sent = time.monotonic()
+            waiting.holders.append(worker)
+        self._flying.update(batch)
+        call = asyncio.create_task(self._call(worker, batch))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
 
     async def _call(self, worker: _Worker, batch: list[_Waiting[Request, Result]]) -> None:
+        lost: Exception | None = None
         try:
             results = await self._ask(worker, self._method, [waiting.request for waiting in batch])
+        except (RayActorError, EngineDeadError) as error:
+            lost = error
         except WorkerError as error:
             self._fail(batch, error)
         else:
             self._deliver(worker, batch, results)
         worker.calls -= 1
         worker.requests -= len(batch)
-        self._meter.count(len(batch))
+        worker.idle_since = time.monotonic()
+        for waiting in batch:
+            waiting.holders.remove(worker)
+        self._flying.difference_update(waiting for waiting in batch if not waiting.holders)
+        if lost:
+            self._lose(worker, _one_line(lost))
+            self._retry(worker, batch, lost)
         self._wake()
 
     async def _ask(self, worker: _Worker, method: str, *args: Any) -> Any:
-        """Call a worker; one that died is taken off the list."""
+        """Call a worker. Raises RayActorError or EngineDeadError where it is beyond use, else WorkerError."""
         try:
             return await getattr(worker.actor, method).remote(*args)
-        except RayActorError as error:
-            if worker in self._workers:
-                self._workers.remove(worker)
-            raise self._error(worker, method, error) from error
+        except RayActorError:
+            raise
         except Exception as error:  # what the method raised, or Ray could not send
             cause = error.cause if isinstance(error, RayTaskError) else error
+            if isinstance(cause, EngineDeadError):
+                raise cause from error
             raise self._error(worker, method, cause) from error
 
-    def _error(self, worker: _Worker, method: str, cause: Exception) -> WorkerError:
-        kind = "" if isinstance(cause, SapoError) else f"{type(cause).__name__}: "
-        what = " ".join(str(cause).split())
-        return WorkerError(f"{self._name} worker {worker.number}: {method} failed: {kind}{what}")
+    async def _exclusively(self, work: Callable[[_Worker], Any]) -> None:
+        """Do something with every ready worker while no request is in flight."""
+        async with self._exclusive:
+            while self._calls:
+                await asyncio.wait(self._calls)
+            ready = [worker for worker in self._workers if worker.ready]
+            outcomes = await asyncio.gather(*map(work, ready), return_exceptions=True)
+        for worker, outcome in zip(ready, outcomes, strict=True):
+            if isinstance(outcome, RayActorError | EngineDeadError):
+                self._lose(worker, _one_line(outcome))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        self._wake()
+
+    def _retry(self, worker: _Worker, batch: Iterable[_Waiting[Request, Result]], cause: Exception) -> None:
+        """Ask others. A node that went away is not held against the requests that were on it."""
+        open_ = [waiting for waiting in batch if not waiting.result.done() and not waiting.holders]
+        if _node_is_lost(cause):
+            self._counts["retries"] += len(open_)
+            return self._queue.extendleft(reversed(open_))
+        for waiting in open_:
+            waiting.kills += 1
+            if waiting.kills >= self._scaling.max_kills:
+                self._spawn(self._set_aside(waiting, worker, _one_line(cause)))
+            else:
+                self._counts["retries"] += 1
+                self._suspects.append(waiting)
+
+    async def _set_aside(self, waiting: _Waiting[Request, Result], worker: _Worker, cause: str) -> None:
+        self._counts["quarantined"] += 1
+        tail = await log_tail(worker.place)
+        error = QuarantinedError(waiting.request.id, waiting.kills, cause, tail)
+        self._say(str(error))
+        self._fail([waiting], error)
 
     def _deliver(
         self, worker: _Worker, batch: list[_Waiting[Request, Result]], results: Sequence[Result | Exception]
@@ -214,13 +478,31 @@ class Pool(Generic[Request, Result]):
                 self._fail([waiting], result)
             elif not waiting.result.done():
                 waiting.result.set_result(result)
+                self._meter.done += 1
 
-    def _fail_queue(self, why: str) -> None:
-        self._fail(self._queue, WorkerError(why))
-        self._queue.clear()
+    def _error(self, worker: _Worker, method: str, error: Exception) -> WorkerError:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        kind = "" if isinstance(cause, SapoError) else f"{type(cause).__name__}: "
+        return WorkerError(f"{self.name} worker {worker.number}: {method} failed: {kind}{_one_line(cause)}")
 
     @staticmethod
     def _fail(requests: Iterable[_Waiting[Request, Result]], error: Exception) -> None:
         for waiting in requests:
             if not waiting.result.done():
                 waiting.result.set_exception(error)
+
+    def _say(self, what: str) -> None:
+        self._events.append(f"{self.name} pool: {what}")
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _node_is_lost(error: Exception) -> bool:
+    return isinstance(error, RayActorError) and (error.preempted or "node has died" in str(error))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

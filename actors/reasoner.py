@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from actors.child_log import ChildLog
-from actors.pool import Pool
+from actors.pool import ElasticPool
 from actors.vllm_extension import WeightReload
+from actors.worker import EngineDeadError, PoolWorker, actor_class
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, thread_environment
+from sapo_ray.scaling import ScalingConfig
 
 
-class RolloutWorker:
+class RolloutWorker(PoolWorker):
     """One vLLM engine. `ready` starts it; an engine that cannot start says why in one line."""
 
     def __init__(self, config: EngineConfig, model: str) -> None:
@@ -28,12 +28,24 @@ class RolloutWorker:
         """Start the engine. Raises SapoError with the engine's own cause where it cannot start."""
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.metrics.loggers import StatLoggerBase
 
         if self._engine is not None:
             return
+        worker = self
+
+        class CountSteps(StatLoggerBase):  # the engine's own word that it moves
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
+
+            def record(self, *args: Any, **kwargs: Any) -> None:
+                worker.progress += 1
+
+            def log_engine_initialized(self) -> None: ...
+
         log = ChildLog()
         try:
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._config, self._model)))
+            arguments = AsyncEngineArgs(**engine_args(self._config, self._model))
+            self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[CountSteps])
         except Exception as error:
             raise SapoError(f"vLLM engine for {self._model} did not start: {log.cause(error)}") from None
 
@@ -42,7 +54,7 @@ class RolloutWorker:
         log = ChildLog()
         results = await asyncio.gather(*map(self._complete, requests), return_exceptions=True)
         if self._engine.errored:
-            raise RuntimeError(f"vLLM engine for {self._model} died: {log.cause(self._engine.dead_error)}")
+            raise EngineDeadError(f"vLLM engine for {self._model} died: {log.cause(self._engine.dead_error)}")
         return [
             ValueError(f"request {request.id}: {result}") if isinstance(result, BaseException) else result
             for request, result in zip(requests, results, strict=True)
@@ -83,21 +95,10 @@ class RolloutWorker:
         )
 
 
-def reasoner_pool(config: EngineConfig, model: str) -> Pool[GenerateRequest, Completion]:
-    """A pool of rollout workers that start from the checkpoint `model`."""
-    actor = ray.remote(
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker,
-        runtime_env={"env_vars": environment(config)},
-    )(RolloutWorker)
-    return Pool(
-        "rollout",
-        lambda: actor.remote(config, model),
-        "generate",
-        workers=config.workers,
-        batch_size=config.batch_size,
-        in_flight=config.in_flight,
-    )
+def reasoner_pool(config: EngineConfig, scaling: ScalingConfig) -> ElasticPool[GenerateRequest, Completion]:
+    """A pool of rollout workers."""
+    actor = actor_class(RolloutWorker, config, environment(config))
+    return ElasticPool("rollout", lambda model: actor.remote(config, model), "generate", config, scaling)
 
 
 def sampling_params(sampling: Sampling, seed: int) -> Any:

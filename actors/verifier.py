@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import ray
 import torch
 
-from actors.pool import Pool
-from sapo_ray.encoding import Encoded
-from sapo_ray.requests import VerifierConfig, cpu_threads, thread_environment
+from actors.pool import ElasticPool
+from actors.worker import PoolWorker, actor_class
+from sapo_ray.requests import ScoreRequest, VerifierConfig, cpu_threads, thread_environment
+from sapo_ray.scaling import ScalingConfig
 from sapo_ray.scoring import load_verifier, score
 
 
-class VerifierWorker:
+class VerifierWorker(PoolWorker):
     """One verifier. `ready` loads the first checkpoint, `load` any later one."""
 
     def __init__(self, config: VerifierConfig, checkpoint: str) -> None:
@@ -29,23 +29,14 @@ class VerifierWorker:
         device = "cuda" if self._config.gpus_per_worker else "cpu"
         self._model = load_verifier(checkpoint, getattr(torch, self._config.dtype), device)
 
-    def score(self, encoded: Sequence[Encoded]) -> list[list[float]]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """ĉ_j of every step, one list a trajectory."""
-        return score(self._model, encoded, self._config.batch_tokens)
+        scores = score(self._model, [request.encoded for request in requests], self._config.batch_tokens)
+        self.progress += 1
+        return scores
 
 
-def verifier_pool(config: VerifierConfig, checkpoint: str) -> Pool[Encoded, list[float]]:
-    """A pool of verifier workers that start from `checkpoint`."""
-    actor = ray.remote(
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker,
-        runtime_env={"env_vars": thread_environment(config)},
-    )(VerifierWorker)
-    return Pool(
-        "verifier",
-        lambda: actor.remote(config, checkpoint),
-        "score",
-        workers=config.workers,
-        batch_size=config.batch_size,
-        in_flight=config.in_flight,
-    )
+def verifier_pool(config: VerifierConfig, scaling: ScalingConfig) -> ElasticPool[ScoreRequest, list[float]]:
+    """A pool of verifier workers."""
+    actor = actor_class(VerifierWorker, config, thread_environment(config))
+    return ElasticPool("verifier", lambda checkpoint: actor.remote(config, checkpoint), "score", config, scaling)

@@ -30,7 +30,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import Question, Trajectory
 from sapo_ray.evaluator import true_labels
-from sapo_ray.labelers import LabelerName
+from sapo_ray.labelers.base import LabelerName
 from sapo_ray.metrics import label_accuracy
 from sapo_ray.tasks import Chain
 
@@ -73,9 +73,9 @@ def _compare(
         labeling = replace(settings.labeling, labeler=labeler, early_exit=early_exit, unproven="keep", expand=False)
         coordinator.call("reset_prefix_cache")
         start = time.monotonic()
-        annotations, notes = coordinator.call("label", items, labeling, f"length-{length}")
+        annotated, notes = coordinator.call("label", items, labeling, f"length-{length}")
         results[labeler] = {
-            **_quality(task, items, annotations),
+            **_quality(task, annotated),
             **_costs(notes["cost"], time.monotonic() - start, len(items)),
             "n": len(items),
         }
@@ -108,7 +108,7 @@ def _wrong_trajectories(coordinator: CoordinatorClient, task: Chain, length: int
         sampled = coordinator.call("sample", questions, f"length-{length}")
         wrong += [
             (question, trajectory)
-            for question, trajectories in zip(questions, sampled, strict=True)
+            for question, trajectories in sampled
             for trajectory in trajectories
             if not trajectory.correct and trajectory.answer is not None and len(trajectory.steps) == length
         ]
@@ -119,10 +119,10 @@ def _wrong_trajectories(coordinator: CoordinatorClient, task: Chain, length: int
     )
 
 
-def _quality(task: Chain, items: Sequence[Item], annotations: Sequence[Annotation]) -> dict[str, float | None]:
+def _quality(task: Chain, annotated: Sequence[tuple[Item, Annotation]]) -> dict[str, float | None]:
     """Label accuracy against the oracle, and the share of successes from prefixes that it calls unreachable."""
-    truth = [true_labels(task, question, trajectory) for question, trajectory in items]
-    labels = [annotation.labelled[0] for annotation in annotations]
+    truth = [true_labels(task, question, trajectory) for (question, trajectory), _ in annotated]
+    labels = [annotation.labelled[0] for _, annotation in annotated]
     impossible = [
         not true[estimate.step]
         for row, true in zip(labels, truth, strict=True)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from actors.reasoner import engine_args, environment, reasoner_pool, sampling_params
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import EngineConfig, GenerateRequest, Sampling
+from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks.chain import VOCABULARY
 
 
@@ -91,8 +92,8 @@ class PoolOfOne:
 
     def __init__(self, config: EngineConfig, model: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._pool = reasoner_pool(config, model)
-        self._loop.run_until_complete(self._pool.start())
+        self._pool = reasoner_pool(config, ScalingConfig())
+        self._loop.run_until_complete(self._pool.load(model))
 
     def generate(self, requests: list[GenerateRequest]) -> tuple[int, float]:
         """Tokens made, and the seconds they took."""

@@ -92,11 +92,12 @@ def write_labels(
     coordinator: CoordinatorClient, items: Sequence[Item], labeling: LabelingConfig, store: RunDirectory
 ) -> dict[str, Any]:
     """Label trajectories with the coordinator's models, write labels and rollouts; what they came to and cost."""
-    annotations, notes = coordinator.call("label", items, labeling, "label")
+    annotated, notes = coordinator.call("label", items, labeling, "label")
+    annotations = [annotation for _, annotation in annotated]
     with closing(store.writer(0, "labels")) as labels, closing(store.writer(0, "rollouts")) as rollouts:
         labels.extend(map(label_row, distinct(annotations)))
         rollouts.extend(rollout_row(r) for a in annotations for r in a.rollouts)
-    return {"trajectories": len(items), "labels": labels.rows, **notes["cost"]}
+    return {"trajectories": len(annotations), "labels": labels.rows, **notes["cost"]}
 
 
 def _require_scores(settings: RunConfig, verifier: str | None) -> None:

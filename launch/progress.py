@@ -61,3 +61,6 @@ class ConsoleReporter:
 
     def warn(self, sign: str) -> None:
         self._console.print(f"[yellow]warning:[/yellow] {sign}")
+
+    def say(self, event: str) -> None:
+        self._console.print(event)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import ray
 
+from launch.resources import Nodes, check_fits, offered_nodes
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 
 _PROJECT = Path(__file__).parents[1]
-_RESERVED = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     if address:
         _check_answers(address)
     if not address and config.ray.num_cpus is not None:
-        _check_resource(config, "CPU", config.ray.num_cpus)
+        check_fits(config, [Nodes("this machine", 1, {"CPU": config.ray.num_cpus, "GPU": math.inf})])
     environment = {
         "RAY_TRAIN_V2_ENABLED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -46,9 +46,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
-        offered = ray.cluster_resources()
-        for kind in _RESERVED:
-            _check_resource(config, kind, offered.get(kind, 0.0))
+        check_fits(config, offered_nodes())
         yield
     finally:
         ray.shutdown()
@@ -76,19 +74,6 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, ValueError) as error:
         raise SapoError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: {error}") from error
-
-
-def _check_resource(config: RunConfig, kind: str, available: float) -> None:
-    """Everything that is up at the same time must fit, or the run would wait for ever."""
-    attribute = _RESERVED[kind]
-    groups: dict[str, Any] = {"engine": config.engine, "verifier": config.verifier, "trainer": config.trainer}
-    parts = {f"{name}.workers * {name}.{attribute}": g.workers * getattr(g, attribute) for name, g in groups.items()}
-    if kind == "CPU":
-        parts["ray.coordinator_cpus"] = config.ray.coordinator_cpus
-    needed = sum(parts.values())
-    if needed > available + 1e-9:
-        terms = " + ".join(f"{value:g} ({key})" for key, value in parts.items() if value)
-        raise SapoError(f"the run needs {needed:g} {kind}s = {terms}, but Ray offers {available:g}; lower these keys")
 
 
 def _python_path() -> str:

@@ -12,21 +12,19 @@ Result = TypeVar("Result")
 
 
 async def ordered(
-    items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], limit: int
+    items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], limit: Callable[[], int]
 ) -> AsyncGenerator[Result, None]:
-    """The results of `work` over `items`, in the items' order, with at most `limit` items begun and not yet yielded.
+    """The results of `work` over `items`, in the items' order, with at most `limit()` items begun and not yet yielded.
 
-    The order makes whatever is written from a stream the same in every run; the limit bounds memory and holds back the
-    source. When an item fails or the caller closes the stream, the work in progress is cancelled. Raises ValueError for
-    a limit below 1.
+    The order makes whatever is written from a stream the same in every run; the limit, asked for each item and at least
+    1, bounds memory and holds back the source. When an item fails or the caller closes the stream, the work in progress
+    is cancelled.
     """
-    if limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
     window: deque[asyncio.Future[Result]] = deque()
     try:
         for item in items:
             window.append(asyncio.ensure_future(work(item)))
-            if len(window) == limit:
+            while len(window) >= max(1, limit()):
                 yield await window.popleft()
         while window:
             yield await window.popleft()

@@ -11,6 +11,7 @@ from sapo_ray.models import ModelConfig
 from sapo_ray.pairs import PairsConfig
 from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
+from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks.chain import ChainConfig
 from sapo_ray.training import TrainConfig, TrainerConfig
 
@@ -80,6 +81,8 @@ class RunConfig:
     """The rollout workers: vLLM."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     """The scoring workers."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """How pools of workers grow, shrink and mend themselves."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The training workers: Ray Train and DeepSpeed."""
     ray: RayConfig = field(default_factory=RayConfig)

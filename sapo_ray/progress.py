@@ -20,3 +20,6 @@ class Reporter(Protocol):
 
     def warn(self, sign: str) -> None:
         """Something the user should know of."""
+
+    def say(self, event: str) -> None:
+        """Something that has happened to workers."""

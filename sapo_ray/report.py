@@ -114,6 +114,7 @@ def _round(number: int, stages: Mapping[str, Notes]) -> dict[str, Any]:
         "verifier": verifier,
         "samples": {k: v for k, v in stages.get("sample", {}).items() if k not in ("cost", "seconds")} or None,
         "pairs": {k: v for k, v in stages.get("pairs", {}).items() if k not in ("cost", "seconds")} or None,
+        "quarantined": sum(len(stage.get("quarantined", ())) for stage in stages.values()),
         "cost": _cost(stages),
         "warnings": stages.get("warnings", {}).get("signs", []),
     }

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sapo_ray.encoding import Encoded
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -48,16 +50,50 @@ class Completion:
         return len(self.token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """The scores of one trajectory's steps."""
+
+    id: str
+    encoded: Encoded
+
+
 @dataclass(kw_only=True)
-class EngineConfig:
+class PoolConfig:
     workers: int = 1
-    """Rollout workers, one vLLM engine each."""
+    """Workers that are always up, each with a model of its own; may be 0 where `max_workers` is set."""
+    max_workers: int | None = None
+    """Workers that a backlog may grow the pool to (see `scaling`); never more than `workers` if null."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = 0.0
-    """GPUs that Ray reserves for a worker; 0 runs the engine on the CPU."""
+    """GPUs that Ray reserves for a worker; 0 has it work on the CPU."""
     threads: int = 0
-    """CPU threads of an engine; 0 takes `cpus_per_worker`, rounded down, and at least one."""
+    """CPU threads of a worker; 0 takes `cpus_per_worker`, rounded down, and at least one."""
+    batch_size: int = 16
+    """Most requests in one call of a worker."""
+    in_flight: int = 16
+    """Calls a worker has at once; `batch_size * in_flight` well above what it works on at once keeps it busy."""
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if self.max_workers is None else self.max_workers
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; it must not be negative")
+        if self.most_workers < max(1, self.workers):
+            raise ValueError(f"workers is {self.workers} and max_workers {self.max_workers}; that allows for no worker")
+        for key in ("batch_size", "in_flight"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        for key in ("cpus_per_worker", "gpus_per_worker", "threads"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+
+
+@dataclass(kw_only=True)
+class EngineConfig(PoolConfig):
     tensor_parallel_size: int = 1
     """GPUs that one engine spreads its weights over."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -78,15 +114,11 @@ class EngineConfig:
     """Keep the keys and values of prefixes, so that completions of one prefix compute it once."""
     enforce_eager: bool = True
     """Do without compilation, which costs start-up time and pays off on GPUs."""
-    batch_size: int = 16
-    """Most requests in one call of a worker."""
-    in_flight: int = 16
-    """Calls a worker has at once; `batch_size * in_flight` well above `max_num_seqs` keeps the engine full."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's AsyncEngineArgs; they win over the keys above."""
 
     def __post_init__(self) -> None:
-        _check_workers(self)
+        super().__post_init__()
         for key in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "block_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
@@ -104,45 +136,30 @@ class EngineConfig:
 
 
 @dataclass(kw_only=True)
-class VerifierConfig:
-    workers: int = 1
-    """Verifier workers, one model each."""
+class VerifierConfig(PoolConfig):
     cpus_per_worker: float = 0.5
     """CPUs that Ray reserves for a worker."""
-    gpus_per_worker: float = 0.0
-    """GPUs that Ray reserves for a worker; 0 scores on the CPU."""
-    threads: int = 0
-    """CPU threads of a worker; 0 takes `cpus_per_worker`, rounded down, and at least one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of weights and activations; scores are always fp32."""
-    batch_tokens: int = 4096
-    """Most tokens in a forward pass, padding included; a longer trajectory gets a pass of its own."""
     batch_size: int = 32
     """Most trajectories in one call of a worker."""
     in_flight: int = 2
     """Calls a worker has at once: one that it works on, the others waiting."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of weights and activations; scores are always fp32."""
+    batch_tokens: int = 4096
+    """Most tokens in a forward pass, padding included; a longer trajectory gets a pass of its own."""
 
     def __post_init__(self) -> None:
-        _check_workers(self)
+        super().__post_init__()
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
 
-def cpu_threads(config: EngineConfig | VerifierConfig) -> int:
+def cpu_threads(config: PoolConfig) -> int:
     """The CPU threads a worker runs."""
     return config.threads or max(1, int(config.cpus_per_worker))
 
 
-def thread_environment(config: EngineConfig | VerifierConfig) -> dict[str, str]:
+def thread_environment(config: PoolConfig) -> dict[str, str]:
     """Environment variables that give a worker's process its threads. They wait passively: threads that wait actively
     stall each other as soon as they outnumber the free cores."""
     return {"OMP_NUM_THREADS": str(cpu_threads(config)), "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def _check_workers(config: EngineConfig | VerifierConfig) -> None:
-    for key in ("workers", "batch_size", "in_flight"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} is {getattr(config, key)}; it must be at least 1")
-    for key in ("cpus_per_worker", "gpus_per_worker", "threads"):
-        if not getattr(config, key) >= 0:
-            raise ValueError(f"{key} is {getattr(config, key)}; it must not be negative")

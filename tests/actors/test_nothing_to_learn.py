@@ -60,6 +60,8 @@ class Recorder:
     def warn(self, sign: str) -> None:
         self.warnings.append(sign)
 
+    def say(self, event: str) -> None: ...
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:

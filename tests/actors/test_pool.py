@@ -2,18 +2,36 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import ray
 
-from actors.pool import Pool, WorkerError
+from actors.pool import ElasticPool, PoolStats, QuarantinedError, WorkerError
+from actors.worker import EngineDeadError, PoolWorker, actor_class
+from sapo_ray.requests import PoolConfig
+from sapo_ray.scaling import ScalingConfig
 
 pytestmark = pytest.mark.engine
 
-TestPool = Pool[Any, Any]
+TestPool = ElasticPool[Any, Any]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A number to double, or a word that a worker understands."""
+
+    what: Any
+    index: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.what}-{self.index}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,56 +62,94 @@ class Gate:
         self.open.set()
 
 
-class Doubler:
+class Doubler(PoolWorker):
     """Doubles numbers, behind a gate if there is one. Some words are understood as well."""
 
-    def __init__(self, gate: Any = None) -> None:
-        self.gate = gate
+    def __init__(self, checkpoint: str, gate: Any = None) -> None:
+        self.checkpoint, self.gate = checkpoint, gate
 
     async def ready(self) -> None:
-        pass
-
-    async def pid(self) -> int:
-        return os.getpid()
-
-    async def double(self, batch: list[Any]) -> list[Any]:
-        if self.gate is not None:
-            await self.gate.enter.remote(os.getpid(), batch)
-        if "die" in batch:
+        if self.checkpoint == "no disk":
+            raise OSError("no disk")
+        if self.checkpoint == "deadly":
             os._exit(1)
-        if "raise" in batch:
-            raise ValueError("no such\nnumber")
-        if "lose" in batch:
-            return []
-        return [ValueError("odd one out") if request == "refuse" else 2 * request for request in batch]
+
+    async def load(self, checkpoint: str) -> None:
+        if checkpoint == "no disk":
+            raise OSError("no disk")
+        self.checkpoint = checkpoint
+
+    async def double(self, batch: list[Ask]) -> list[Any]:
+        if self.gate is not None:
+            await self.gate.enter.remote(os.getpid(), [ask.what for ask in batch])
+        return [await self._answer(ask.what, batch) for ask in batch]
+
+    async def _answer(self, what: Any, batch: list[Ask]) -> Any:
+        match what:
+            case "die":
+                print("the engine's last words", flush=True)
+                os._exit(1)
+            case "engine":
+                raise EngineDeadError("the engine is gone")
+            case "raise":
+                raise ValueError("no such\nnumber")
+            case "refuse":
+                return ValueError("odd one out")
+            case "checkpoint":
+                return self.checkpoint
+            case "pid":
+                return os.getpid()
+            case "hang" | "block" if self.checkpoint == "first":
+                await asyncio.sleep(1000) if what == "hang" else time.sleep(1000)
+            case "work":
+                for _ in range(30):
+                    await asyncio.sleep(0.1)
+                    self.progress += 1
+        self.progress += 1
+        return 2 * what
 
 
-class Stillborn(Doubler):
-    async def ready(self) -> None:
-        raise OSError("no disk")
+def make_pool(gate: Any = None, scaling: ScalingConfig | None = None, **sizes: int) -> TestPool:
+    config = PoolConfig(**{"cpus_per_worker": 0, "batch_size": 4, "in_flight": 2, **sizes})
+    actor = actor_class(Doubler, config, {})
+    return ElasticPool("test", lambda checkpoint: actor.remote(checkpoint, gate), "double", config, scaling or PATIENT)
 
 
-def run(test: Callable[[TestPool], Awaitable[None]], worker: type = Doubler, gate: Any = None, **sizes: int) -> None:
+PATIENT = ScalingConfig(hang_after=600)
+
+
+def run(
+    test: Callable[[TestPool], Awaitable[None]], gate: Any = None, scaling: ScalingConfig | None = None, **sizes: int
+) -> None:
     """Run `test` with a started pool in a loop of its own."""
-    actor = ray.remote(num_cpus=0)(worker)
 
     async def main() -> None:
-        made = {"workers": 1, "batch_size": 4, "in_flight": 2} | sizes
-        pool: TestPool = Pool("test", lambda: actor.remote(gate), "double", **made)
-        await pool.start()
+        pool = make_pool(gate, scaling, **sizes)
+        await pool.load("first")
         try:
-            await asyncio.wait_for(test(pool), 60)
+            await asyncio.wait_for(test(pool), 90)
         finally:
             await pool.close()
 
     asyncio.run(main())
 
 
+def submit(pool: TestPool, *what: Any) -> Awaitable[list[Any]]:
+    return asyncio.gather(*(pool.submit(Ask(w, i)) for i, w in enumerate(what)), return_exceptions=True)
+
+
+async def until(pool: TestPool, holds: Callable[[PoolStats], bool]) -> PoolStats:
+    while not holds(pool.stats()):
+        await asyncio.sleep(0.05)
+    return pool.stats()
+
+
 def test_every_request_gets_its_own_result() -> None:
     async def test(pool: TestPool) -> None:
-        assert await asyncio.gather(*map(pool.submit, range(100))) == [2 * i for i in range(100)]
-        assert (pool.stats().done, pool.stats().queued, pool.stats().in_flight) == (100, 0, 0)
-        assert pool.stats().rate > 0
+        assert await submit(pool, *range(100)) == [2 * i for i in range(100)]
+        stats = pool.stats()
+        assert (stats.ready, stats.done, stats.queued, stats.in_flight) == (2, 100, 0, 0)
+        assert stats.counts == {}
 
     run(test, workers=2)
 
@@ -102,7 +158,7 @@ def test_requests_are_spread_evenly_and_travel_together() -> None:
     gate = Gate.remote()
 
     async def test(pool: TestPool) -> None:
-        results = asyncio.gather(*map(pool.submit, range(6)))
+        results = submit(pool, *range(6))
         calls = await gate.arrived.remote(2)
         assert sorted(len(batch) for _, batch in calls) == [3, 3]
         assert len({pid for pid, _ in calls}) == 2
@@ -116,9 +172,9 @@ def test_the_least_loaded_worker_comes_next() -> None:
     gate = Gate.remote()
 
     async def test(pool: TestPool) -> None:
-        first = asyncio.gather(*map(pool.submit, range(7)))  # 4 to one worker, 3 to the other
+        first = submit(pool, *range(7))  # 4 to one worker, 3 to the other
         (_, _), (light, _) = sorted(await gate.arrived.remote(2), key=lambda call: -len(call[1]))
-        last = asyncio.ensure_future(pool.submit(7))
+        last = submit(pool, 7)
         assert (await gate.arrived.remote(3))[2] == (light, [7])
         assert pool.stats().in_flight == 8
         await gate.release.remote()
@@ -131,7 +187,7 @@ def test_submit_waits_while_the_pool_is_full() -> None:
     gate = Gate.remote()
 
     async def test(pool: TestPool) -> None:
-        results = asyncio.gather(*map(pool.submit, range(100)))
+        results = submit(pool, *range(100))
         assert [len(batch) for _, batch in await gate.arrived.remote(2)] == [4, 4]
         assert (pool.stats().in_flight, pool.stats().queued) == (8, 8)  # and 84 that `submit` has not let in
         await gate.release.remote()
@@ -144,13 +200,13 @@ def test_a_request_whose_caller_gave_up_is_not_sent() -> None:
     gate = Gate.remote()
 
     async def test(pool: TestPool) -> None:
-        first = asyncio.ensure_future(pool.submit(0))
+        first = submit(pool, 0)
         await gate.arrived.remote(1)
-        given_up, last = asyncio.ensure_future(pool.submit(1)), asyncio.ensure_future(pool.submit(2))
+        given_up, last = submit(pool, 1), submit(pool, 2)
         await asyncio.sleep(0)
         given_up.cancel()
         await gate.release.remote()
-        assert await asyncio.gather(first, last) == [0, 4]
+        assert await asyncio.gather(first, last) == [[0], [4]]
         assert [batch for _, batch in await gate.arrived.remote(2)] == [[0], [2]]
 
     run(test, gate=gate, batch_size=1, in_flight=1)
@@ -158,7 +214,7 @@ def test_a_request_whose_caller_gave_up_is_not_sent() -> None:
 
 def test_a_refused_request_fails_alone() -> None:
     async def test(pool: TestPool) -> None:
-        results = await asyncio.gather(*map(pool.submit, [1, "refuse", 3]), return_exceptions=True)
+        results = await submit(pool, 1, "refuse", 3)
         assert (results[0], results[2]) == (2, 6)
         assert isinstance(results[1], ValueError)
         assert str(results[1]) == "odd one out"
@@ -166,19 +222,13 @@ def test_a_refused_request_fails_alone() -> None:
     run(test)
 
 
-@pytest.mark.parametrize(
-    ("request_", "cause"),
-    [
-        ("raise", "test worker 0: double failed: ValueError: no such number"),
-        ("lose", "test worker 0: double failed: ValueError: 0 results for 1 requests"),
-    ],
-)
-def test_a_failed_call_fails_its_requests_and_the_worker_goes_on(request_: str, cause: str) -> None:
+def test_a_failed_call_fails_its_requests_and_the_worker_goes_on() -> None:
     async def test(pool: TestPool) -> None:
-        with pytest.raises(WorkerError) as caught:
-            await pool.submit(request_)
-        assert str(caught.value) == cause
-        assert await pool.submit(5) == 10
+        (error,) = await submit(pool, "raise")
+        assert isinstance(error, WorkerError)
+        assert str(error) == "test worker 0: double failed: ValueError: no such number"
+        assert await submit(pool, 5) == [10]
+        assert pool.stats().counts == {}
 
     run(test)
 
@@ -186,54 +236,179 @@ def test_a_failed_call_fails_its_requests_and_the_worker_goes_on(request_: str, 
 def test_a_request_that_cannot_be_sent_fails() -> None:
     async def test(pool: TestPool) -> None:
         with pytest.raises(WorkerError, match=r"test worker 0: double failed: TypeError: .*pickle"):
-            await pool.submit(threading.Lock())
+            await pool.submit(Ask(threading.Lock()))
 
     run(test)
 
 
-def test_a_dead_worker_fails_what_it_held_and_the_others_go_on() -> None:
+@pytest.mark.parametrize("word", ["die", "engine"])
+def test_a_request_that_kills_workers_is_set_aside_and_all_others_are_answered(word: str) -> None:
     async def test(pool: TestPool) -> None:
-        with pytest.raises(WorkerError, match=r"test worker \d: double failed: ActorDiedError: .*"):
-            await pool.submit("die")
-        assert pool.stats().workers == 1
-        assert await asyncio.gather(*map(pool.submit, range(9))) == [2 * i for i in range(9)]
+        *others, error = await submit(pool, *range(20), word)
+        assert others == [2 * i for i in range(20)]
+        assert isinstance(error, QuarantinedError)
+        assert error.request_id == f"{word}-20"
+        assert "3 workers died over it" in str(error)
+        assert ("the engine's last words" in error.log_tail) == (word == "die")
+        stats = await until(pool, lambda stats: stats.ready == 2)
+        assert (stats.counts["dead"], stats.counts["quarantined"]) == (3, 1)
+        assert any("set aside" in event for event in pool.events())
 
     run(test, workers=2)
 
 
-def test_the_last_worker_s_death_fails_all_that_wait_and_all_that_come() -> None:
+def test_two_that_kill_are_both_found() -> None:
     async def test(pool: TestPool) -> None:
-        results = await asyncio.gather(*map(pool.submit, ["die", 1, 2]), return_exceptions=True)
-        assert [type(result) for result in results] == [WorkerError] * 3
-        assert "ActorDiedError" in str(results[0])
-        with pytest.raises(WorkerError, match="test pool: no worker is left"):
-            await pool.submit(3)
+        results = await submit(pool, 0, "die", 2, 3, 4, "die", 6)
+        assert [type(r) for r in results].count(QuarantinedError) == 2
+        assert [r for r in results if not isinstance(r, Exception)] == [0, 4, 6, 8, 12]
 
-    run(test, batch_size=1, in_flight=1)
+    run(test, scaling=ScalingConfig(max_kills=2))
 
 
-def test_a_broadcast_reaches_every_worker_between_requests() -> None:
+def test_a_killed_worker_is_replaced_and_what_it_held_is_asked_of_others() -> None:
     gate = Gate.remote()
 
     async def test(pool: TestPool) -> None:
-        first = asyncio.ensure_future(pool.submit(1))
-        await gate.arrived.remote(1)
-        pids = asyncio.ensure_future(pool.broadcast("pid"))
-        await asyncio.sleep(0)
-        second = asyncio.ensure_future(pool.submit(2))
-        await asyncio.sleep(0.2)
-        assert not pids.done()  # one request is still in flight
-        assert pool.stats().queued == 1  # and no other is sent before the broadcast
+        results = submit(pool, *range(12))
+        ((victim, _), *_) = await gate.arrived.remote(2)
+        os.kill(victim, signal.SIGKILL)
+        await until(pool, lambda stats: stats.counts.get("dead") == 1)
         await gate.release.remote()
-        assert len(set(await pids)) == 2
-        assert await asyncio.gather(first, second) == [2, 4]
+        assert await results == [2 * i for i in range(12)]
+        assert pool.stats().counts["retries"] >= 3
+        assert (await until(pool, lambda stats: stats.ready == 2)).counts["dead"] == 1
 
     run(test, gate=gate, workers=2)
 
 
-def test_a_worker_that_cannot_start_says_why() -> None:
-    async def test(pool: TestPool) -> None:
-        pytest.fail("the pool has started")
+@pytest.mark.parametrize("word", ["hang", "block"])
+def test_a_hung_worker_is_replaced(word: str) -> None:
+    """It hangs with the first checkpoint only; a request that makes progress longer than the limit is left alone."""
 
-    with pytest.raises(WorkerError, match="test worker 0: ready failed: OSError: no disk"):
-        run(test, worker=Stillborn)
+    async def test(pool: TestPool) -> None:
+        results = submit(pool, word, "work")
+        await until(pool, lambda stats: stats.in_flight == 2)
+        while pool.stats().counts.get("hung", 0) < 1:
+            await asyncio.sleep(0.05)
+        pool.load_soon = asyncio.ensure_future(pool.load("second"))  # type: ignore[attr-defined]
+        assert await results == [2 * word, "workwork"]
+        assert pool.stats().counts["hung"] == 1
+
+    run(test, workers=2, batch_size=1, in_flight=1, scaling=ScalingConfig(hang_after=1))
+
+
+def test_every_worker_holds_what_was_loaded_last_whenever_it_started() -> None:
+    async def test(pool: TestPool) -> None:
+        assert await submit(pool, "checkpoint") == ["first"]
+        await pool.load("second")
+        assert set(await submit(pool, *["checkpoint"] * 8)) == {"second"}
+        (pid,) = await submit(pool, "pid")
+        os.kill(pid, signal.SIGKILL)
+        await until(pool, lambda stats: stats.counts.get("dead") == 1)
+        await until(pool, lambda stats: stats.ready == 2)
+        assert set(await submit(pool, *["checkpoint"] * 8)) == {"second"}
+        with pytest.raises(WorkerError, match=r"test worker \d: load failed: OSError: no disk"):
+            await pool.load("no disk")
+
+    run(test, workers=2)
+
+
+def test_loading_waits_for_requests_in_flight() -> None:
+    gate = Gate.remote()
+
+    async def test(pool: TestPool) -> None:
+        first = submit(pool, "checkpoint")
+        await gate.arrived.remote(1)
+        loading = asyncio.ensure_future(pool.load("second"))
+        await asyncio.sleep(0)
+        second = submit(pool, "checkpoint")
+        await asyncio.sleep(0.2)
+        assert not loading.done()  # one request is still in flight
+        assert pool.stats().queued == 1  # and no other is sent before the load
+        await gate.release.remote()
+        await loading
+        assert await asyncio.gather(first, second) == [["first"], ["second"]]
+
+    run(test, gate=gate, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "cause"),
+    [
+        ("no disk", "test worker 0: start failed: OSError: no disk"),
+        ("deadly", r"test worker \d: start failed: ActorDied"),
+    ],
+)
+def test_a_pool_that_cannot_start_says_why(checkpoint: str, cause: str) -> None:
+    async def main() -> None:
+        pool = make_pool()
+        with pytest.raises(WorkerError, match=cause):
+            await pool.load(checkpoint)
+        with pytest.raises(WorkerError, match=cause):
+            await pool.submit(Ask(1))
+        assert pool.stats().ready == pool.stats().starting == 0
+
+    asyncio.run(main())
+
+
+def test_a_pool_grows_with_its_backlog_and_shrinks_when_idle_but_never_ends_a_worker_with_work() -> None:
+    async def test(pool: TestPool) -> None:
+        assert pool.stats().ready == 0  # none is needed yet
+        results = submit(pool, *["work"] * 24)
+        stats = await until(pool, lambda stats: stats.ready == 3)
+        assert stats.counts["grown"] >= 3
+        assert await results == ["workwork"] * 24
+        stats = await until(pool, lambda stats: stats.ready == 0)
+        assert (stats.counts["shrunk"], stats.counts.get("dead", 0)) == (3, 0)
+        assert any("requests wait and no worker is up" in event for event in pool.events())
+        assert await submit(pool, 1) == [2]
+
+    scaling = ScalingConfig(grow_after=0.5, shrink_after=2)
+    run(test, workers=0, max_workers=3, batch_size=1, in_flight=1, scaling=scaling)
+
+
+def test_a_slow_request_is_hedged_and_answered_once() -> None:
+    gate = Gate.remote()
+
+    async def test(pool: TestPool) -> None:
+        result = submit(pool, 1)
+        (slow, _), (other, batch) = await gate.arrived.remote(2)
+        assert slow != other
+        assert batch == [1]
+        await gate.release.remote()
+        assert await result == [2]
+        stats = await until(pool, lambda stats: stats.in_flight == 0)
+        assert (stats.counts["hedged"], stats.done) == (1, 1)
+
+    run(test, gate=gate, workers=2, scaling=ScalingConfig(hedge_after=0.5))
+
+
+def test_a_paused_pool_has_no_worker_and_goes_on_when_resumed() -> None:
+    async def test(pool: TestPool) -> None:
+        (before,) = await submit(pool, "pid")
+        await pool.pause()
+        assert pool.stats().ready == 0
+        waiting = submit(pool, "checkpoint", "pid")
+        await asyncio.sleep(1.5)
+        assert pool.stats().ready == pool.stats().starting == 0
+        await pool.resume()
+        checkpoint, after = await waiting
+        assert checkpoint == "first"
+        assert after != before
+
+    run(test)
+
+
+def test_a_closed_pool_fails_what_waits_and_all_that_comes() -> None:
+    gate = Gate.remote()
+
+    async def test(pool: TestPool) -> None:
+        waiting = submit(pool, *range(20))
+        await gate.arrived.remote(1)
+        await pool.close()
+        assert {str(error) for error in await waiting} == {"test pool: closed"}
+        with pytest.raises(WorkerError, match="test pool: closed"):
+            await pool.submit(Ask(3))
+
+    run(test, gate=gate)

@@ -14,15 +14,16 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.pool import Pool, WorkerError
+from actors.pool import ElasticPool, WorkerError
 from actors.reasoner import reasoner_pool
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling
+from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks.chain import VOCABULARY
 
 pytestmark = pytest.mark.engine
 
-ReasonerPool = Pool[GenerateRequest, Completion]
+ReasonerPool = ElasticPool[GenerateRequest, Completion]
 GREEDY = Sampling(temperature=0.0, max_tokens=24)
 # A step of 160 tokens holds three of the prompts below and most of a fourth, whose prefill would be cut.
 CONFIG = EngineConfig(
@@ -75,10 +76,10 @@ class Session:
         self.start(checkpoint)
 
     def start(self, checkpoint: str) -> None:
-        others = set(_engines())
-        self.pool = reasoner_pool(CONFIG, checkpoint)
-        self.run(self.pool.start())
-        (self.engine,) = set(_engines()) - others
+        self.others = set(_engines())
+        self.pool = reasoner_pool(CONFIG, ScalingConfig())
+        self.load(checkpoint)
+        (self.engine,) = set(_engines()) - self.others
 
     def run(self, work: Awaitable[Any]) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
@@ -91,7 +92,7 @@ class Session:
         return made
 
     def load(self, checkpoint: str) -> None:
-        self.run(self.pool.broadcast("load", checkpoint))
+        self.run(self.pool.load(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_an_engine_that_cannot_start_gives_its_own_cause(tmp_path: Path) -> None
 
 def test_an_engine_that_fails_in_its_own_process_gives_its_own_cause(checkpoints: dict[str, str]) -> None:
     async def start() -> None:
-        await reasoner_pool(replace(CONFIG, kv_cache_gib=1e6), checkpoints["tied"]).start()
+        await reasoner_pool(replace(CONFIG, kv_cache_gib=1e6), ScalingConfig()).load(checkpoints["tied"])
 
     with pytest.raises(WorkerError, match=r"Available memory .* is less than requested") as caught:
         asyncio.run(start())
@@ -232,13 +233,28 @@ def test_an_idle_engine_holds_no_core(session: Session) -> None:
     assert after.user + after.system - before.user - before.system < 0.2  # seconds; a core that polls takes 2
 
 
-def test_a_killed_worker_takes_its_engine_along_and_the_next_one_answers_as_before(
-    untied: Session, checkpoints: dict[str, str]
+@pytest.mark.parametrize("victim", ["engine", "worker"])
+def test_a_killed_engine_or_worker_is_replaced_and_its_requests_are_answered_as_they_would_have_been(
+    untied: Session, checkpoints: dict[str, str], victim: str
 ) -> None:
-    untied.run(untied.pool.close())
-    untied.engine.wait(30)
-    untied.start(checkpoints["untied"])
-    assert_greedy(untied, checkpoints["untied"])
+    untied.load(checkpoints["untied"])
+    asked = requests(prompts(6), Sampling(temperature=1.0, max_tokens=80, ignore_eos=True))
+    undisturbed = untied.generate(asked)
+
+    async def killed() -> list[Completion]:
+        answers = [asyncio.ensure_future(untied.pool.submit(request)) for request in asked]
+        while not untied.pool.stats().in_flight:
+            await asyncio.sleep(0.01)
+        engine = untied.engine
+        (engine if victim == "engine" else engine.parent()).kill()
+        return await asyncio.gather(*answers)
+
+    engine, before = untied.engine, untied.pool.stats().counts.get("dead", 0)
+    again = untied.run(killed())
+    assert [c.token_ids for c in again] == [c.token_ids for c in undisturbed]
+    assert untied.pool.stats().counts["dead"] == before + 1
+    engine.wait(30)  # a worker takes its engine along
+    (untied.engine,) = set(_engines()) - {engine, *untied.others}
 
 
 def _engines() -> list[psutil.Process]:

@@ -13,7 +13,8 @@ from actors.pool import WorkerError
 from actors.verifier import verifier_pool
 from sapo_ray.encoding import Encoded
 from sapo_ray.models import ModelConfig, save_random_reasoner
-from sapo_ray.requests import VerifierConfig
+from sapo_ray.requests import ScoreRequest, VerifierConfig
+from sapo_ray.scaling import ScalingConfig
 from sapo_ray.scoring import load_verifier, score
 from sapo_ray.tasks.chain import VOCABULARY
 
@@ -50,13 +51,14 @@ def test_a_pool_of_verifiers_scores_as_one_model_does_before_and_after_a_reload(
     checkpoints = [save_verifier(reasoner, seed, tmp_path / str(seed)) for seed in (0, 1)]
 
     async def scores() -> list[list[list[float]]]:
-        pool = verifier_pool(CONFIG, checkpoints[0])
-        await pool.start()
-        before = await asyncio.gather(*map(pool.submit, TRAJECTORIES))
-        await pool.broadcast("load", checkpoints[1])
-        after = await asyncio.gather(*map(pool.submit, TRAJECTORIES))
+        pool = verifier_pool(CONFIG, ScalingConfig())
+        asked = [ScoreRequest(str(number), encoded) for number, encoded in enumerate(TRAJECTORIES)]
+        await pool.load(checkpoints[0])
+        before = await asyncio.gather(*map(pool.submit, asked))
+        await pool.load(checkpoints[1])
+        after = await asyncio.gather(*map(pool.submit, asked))
         with pytest.raises(WorkerError, match=f"load failed: {reasoner} holds Qwen2ForCausalLM"):
-            await pool.broadcast("load", reasoner)
+            await pool.load(reasoner)
         await pool.close()
         return [before, after]
 
@@ -69,5 +71,5 @@ def test_a_pool_of_verifiers_scores_as_one_model_does_before_and_after_a_reload(
 
 
 def test_a_reasoner_is_refused_at_the_start(reasoner: str) -> None:
-    with pytest.raises(WorkerError, match=rf"verifier worker \d: ready failed: {reasoner} holds Qwen2ForCausalLM"):
-        asyncio.run(verifier_pool(CONFIG, reasoner).start())
+    with pytest.raises(WorkerError, match=rf"verifier worker \d: start failed: {reasoner} holds Qwen2ForCausalLM"):
+        asyncio.run(verifier_pool(CONFIG, ScalingConfig()).load(reasoner))

@@ -84,7 +84,7 @@ def _tree(folder: Path) -> list[Path]:
         (["sft.epcohs=3"], "command line: sft.epcohs is not a key; did you mean sft.epochs?"),
         (["rounds=two"], "command line: rounds is 'two'; it must be int"),
         (["engine.dtype=float99"], "command line: engine.dtype is 'float99'; it must be one of float32, bfloat16, "),
-        (["engine.workers=0"], "command line: engine.workers is 0; it must be at least 1"),
+        (["engine.workers=0"], "command line: engine.workers is 0 and max_workers None; that allows for no worker"),
         (["engine.max_num_batched_tokens=63"], "command line: engine.max_num_batched_tokens is 63; on a CPU it must "),
         (["trainer.max_failures=-1"], "command line: trainer.max_failures is -1; it must not be negative"),
         (["ray.num_cpus=0"], "command line: ray.num_cpus is 0; it must be at least 1, or null"),

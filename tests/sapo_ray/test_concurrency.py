@@ -61,7 +61,7 @@ def test_results_come_in_order_and_no_more_than_the_limit_is_begun(count: int, l
 
     async def main() -> None:
         results: list[int] = []
-        async for result in ordered(source(), work, limit):
+        async for result in ordered(source(), work, lambda: limit):
             assert taken - len(results) <= limit
             results.append(result)
         assert results == [item * item for item in range(1, count + 1)]
@@ -74,7 +74,7 @@ def test_a_failure_is_raised_in_its_turn_and_ends_the_rest() -> None:
     work = Work(fails=3)
 
     async def main() -> None:
-        stream = ordered(range(100), work, 8)
+        stream = ordered(range(100), work, lambda: 8)
         assert [await anext(stream) for _ in range(3)] == [0, 1, 4]
         with pytest.raises(LookupError, match="item 3"):
             await anext(stream)
@@ -88,7 +88,7 @@ def test_closing_the_stream_ends_what_runs() -> None:
     work = Work(fails=1)
 
     async def main() -> None:
-        stream = ordered(range(100), work, 4)
+        stream = ordered(range(100), work, lambda: 4)
         assert await anext(stream) == 0
         await asyncio.sleep(0)
         assert work.running > 0
@@ -98,10 +98,11 @@ def test_closing_the_stream_ends_what_runs() -> None:
     assert work.running == 0
 
 
-def test_a_limit_of_nothing_is_refused() -> None:
+def test_the_limit_may_change_and_is_never_below_one() -> None:
+    work, limits = Work(), iter([0, 0, 3, 3, 3, *[1] * 100])
+
     async def main() -> None:
-        with pytest.raises(ValueError, match="limit is 0"):
-            await anext(ordered([1], Work(), 0))
+        assert [r async for r in ordered(range(10), work, lambda: next(limits))] == [i * i for i in range(10)]
 
     run(main)
 

@@ -1,0 +1,76 @@
+"""What every pool worker is: an actor that says where it runs and that it still moves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sapo_ray.errors import SapoError
+from sapo_ray.requests import PoolConfig
+
+TAIL_LINES = 20
+
+
+class EngineDeadError(SapoError):
+    """What a worker raises when its engine is beyond use: the pool replaces the worker and asks others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker's process runs, and the files that its output goes to."""
+
+    node: str
+    pid: int
+    logs: tuple[str, ...]
+
+
+class PoolWorker:
+    """Base of the workers of an ElasticPool."""
+
+    progress = 0
+    """Rises while work gets done."""
+
+    def where(self) -> Place:
+        logs = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+        files = tuple(sorted(path for path in logs if Path(path).is_file()))
+        return Place(ray.get_runtime_context().get_node_id(), os.getpid(), files)
+
+    @ray.method(concurrency_group="health")
+    def beat(self) -> int:
+        """`progress`, told beside whatever else the worker does."""
+        return self.progress
+
+
+def actor_class(worker: type[PoolWorker], config: PoolConfig, environment: Mapping[str, str]) -> Any:
+    """The Ray actor class of a worker, with the resources that its config reserves."""
+    options: dict[str, Any] = {
+        "num_cpus": config.cpus_per_worker,
+        "num_gpus": config.gpus_per_worker,
+        "concurrency_groups": {"health": 1},
+        "runtime_env": {"env_vars": dict(environment)},
+    }
+    return ray.remote(**options)(worker)
+
+
+async def log_tail(place: Place | None) -> str:
+    """The last lines of a dead worker's output; a note instead where they cannot be had."""
+    if place is None or not place.logs:
+        return "(no log: the worker never said where it was)"
+    here = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    try:
+        return await _tail.options(scheduling_strategy=here).remote(place.logs)
+    except Exception as error:  # its node may be gone
+        return f"(the log is out of reach: {type(error).__name__})"
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _tail(logs: tuple[str, ...]) -> str:
+    texts = (Path(log).read_text(encoding="utf-8", errors="replace") for log in logs if Path(log).exists())
+    lines = [line for text in texts for line in text.splitlines()[-TAIL_LINES:]]
+    return "\n".join(lines[-TAIL_LINES:])

@@ -1,0 +1,95 @@
+"""Whether a cluster can ever hold what a config asks for: looked at before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from sapo_ray.config import RunConfig
+from sapo_ray.errors import SapoError
+from sapo_ray.requests import PoolConfig
+from sapo_ray.training import TrainerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Nodes of one kind: those that are up, or those that an autoscaler may add."""
+
+    name: str
+    count: int
+    resources: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Workers that a section of the config has up at the same time, each on one node."""
+
+    section: str
+    workers: int
+    resources: Mapping[str, float]
+
+
+def offered_nodes() -> list[Nodes]:
+    """What the connected cluster has, and what its autoscaler says it may add."""
+    cluster = ray._private.state.state.get_cluster_config()
+    groups = {group.name: group for group in cluster.node_group_configs} if cluster else {}
+    up = [
+        Nodes(node["NodeManagerHostname"], 1, node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["Labels"].get("ray.io/node-group") not in groups  # else it is one of those that may be
+    ]
+    return up + [Nodes(f"node type {name}", group.max_count, dict(group.resources)) for name, group in groups.items()]
+
+
+def demands(config: RunConfig) -> list[Demand]:
+    """What a run holds at the same time."""
+    sections: dict[str, PoolConfig | TrainerConfig] = {
+        "engine": config.engine,
+        "verifier": config.verifier,
+        "trainer": config.trainer,
+    }
+    of_workers = [
+        # A pool that may shrink to nothing still needs one worker to get anywhere.
+        Demand(name, max(1, c.workers), {"CPU": c.cpus_per_worker, "GPU": c.gpus_per_worker})
+        for name, c in sections.items()
+    ]
+    return [*of_workers, Demand("ray", 1, {"CPU": config.ray.coordinator_cpus})]
+
+
+def check_fits(config: RunConfig, nodes: Sequence[Nodes]) -> None:
+    """Raises SapoError, naming keys and what is offered, for a demand that the nodes can never meet."""
+    wanted = demands(config)
+    for demand in wanted:
+        _check_one_worker(demand, nodes)
+    for kind in ("CPU", "GPU"):
+        _check_total(wanted, nodes, kind)
+
+
+def _check_one_worker(demand: Demand, nodes: Sequence[Nodes]) -> None:
+    """A worker lives on one node."""
+    if any(all(n.resources.get(kind, 0) >= amount for kind, amount in demand.resources.items()) for n in nodes):
+        return
+    keys = " and ".join(f"{_key(demand, kind)} = {amount:g}" for kind, amount in demand.resources.items() if amount)
+    offers = "; ".join(f"{n.name}: {n.resources.get('CPU', 0):g} CPU, {n.resources.get('GPU', 0):g} GPU" for n in nodes)
+    raise SapoError(f"no node has {keys}, which a worker needs on one node; the cluster offers {offers}")
+
+
+def _check_total(wanted: Sequence[Demand], nodes: Sequence[Nodes], kind: str) -> None:
+    """All that is up at the same time must fit, or the run would wait for ever."""
+    available = sum(n.count * n.resources.get(kind, 0.0) for n in nodes)
+    amounts = {_terms(d, kind): d.workers * d.resources.get(kind, 0.0) for d in wanted}
+    needed = sum(amounts.values())
+    if needed > available + 1e-9:
+        terms = " + ".join(f"{amount:g} ({keys})" for keys, amount in amounts.items() if amount)
+        raise SapoError(f"the run needs {needed:g} {kind}s = {terms}, but Ray offers {available:g}; lower these keys")
+
+
+def _terms(demand: Demand, kind: str) -> str:
+    return _key(demand, kind) if demand.section == "ray" else f"{demand.section}.workers * {_key(demand, kind)}"
+
+
+def _key(demand: Demand, kind: str) -> str:
+    return "ray.coordinator_cpus" if demand.section == "ray" else f"{demand.section}.{kind.lower()}s_per_worker"

@@ -1,0 +1,74 @@
+"""How many workers a pool should have: decisions from what waits, how fast it is worked off, and who idles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class ScalingConfig:
+    grow_after: float = 60.0
+    """Seconds: workers are added while what waits would take those present longer, at the measured rate."""
+    shrink_after: float = 120.0
+    """Seconds without work after which a worker is ended, down to `workers`."""
+    hang_after: float = 600.0
+    """Seconds in which a worker with work does nothing, or does not answer at all, before it is taken for hung and
+    replaced."""
+    max_kills: int = 3
+    """Workers that may die over a request before it is set aside; the run goes on without its question."""
+    hedge_after: float = 0.0
+    """Seconds after which a request in flight goes to a second worker, too, and the first answer counts; 0: never."""
+
+    def __post_init__(self) -> None:
+        for key in ("grow_after", "shrink_after", "hang_after"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
+        if self.max_kills < 2:
+            raise ValueError(
+                f"max_kills is {self.max_kills}; it must be at least 2: one death is shared by all that were on it"
+            )
+        if not self.hedge_after >= 0:
+            raise ValueError(f"hedge_after is {self.hedge_after}; it must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a pool sees of itself. `rate` is requests finished per second and ready worker, None before one is known."""
+
+    waiting: float
+    ready: int
+    starting: int
+    rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """A decision to add workers, and why."""
+
+    workers: int
+    reason: str
+
+
+def growth(load: Load, least: int, most: int, grow_after: float) -> Growth | None:
+    """Workers to add, or None.
+
+    The least number always; one where something waits for none; else as many as would work off what waits within
+    `grow_after` seconds, at most twice the present number at a time, because a rate measured on a few says little about
+    many.
+    """
+    present = load.ready + load.starting
+    if present < least:
+        return Growth(least - present, f"{least} are always up")
+    if present >= most or not load.waiting:
+        return None
+    if not present:
+        return Growth(1, f"{load.waiting:.0f} requests wait and no worker is up")
+    if not load.rate:
+        return None
+    seconds = load.waiting / (load.rate * present)
+    if seconds <= grow_after:
+        return None
+    wanted = min(most, 2 * present, math.ceil(load.waiting / (load.rate * grow_after)))
+    why = f"{load.waiting:.0f} requests would take {seconds:.0f} s at {load.rate:.3g} a second and worker"
+    return Growth(wanted - present, why)
