@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.coordinator import Coordinator
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.progress import Reporter
+
+MAX_DEATHS = 3
+"""Deaths of the coordinator in one call after which the run gives up."""
 
 
 class CoordinatorClient:
@@ -25,6 +29,7 @@ class CoordinatorClient:
         self._wanted: dict[str, str] = {}
         self._loaded: dict[str, str] = {}
         self._actor: Any = None
+        self._paused = False
 
     def __enter__(self) -> CoordinatorClient:
         return self
@@ -33,7 +38,8 @@ class CoordinatorClient:
         if self._actor is None:
             return
         if error is None:
-            ray.get(self._actor.close.remote())
+            with suppress(RayError):  # it may have died since, and its pools with it
+                ray.get(self._actor.close.remote())
         ray.kill(self._actor)
 
     def use(self, *, reasoner: str | Path | None = None, verifier: str | Path | None = None) -> None:
@@ -41,17 +47,35 @@ class CoordinatorClient:
         models = {"reasoner": reasoner, "verifier": verifier}
         self._wanted |= {role: str(checkpoint) for role, checkpoint in models.items() if checkpoint is not None}
 
+    def pause(self) -> None:
+        """Have engines and verifiers give their place to others until the next call."""
+        if self._actor is not None:
+            ray.get(self._actor.pause.remote())
+            self._paused = True
+
     def call(self, method: str, *args: Any) -> Any:
-        """Call the coordinator and show its progress until it answers. Raises SapoError with the cause of a failure."""
-        try:
-            self._load()
-            answer = getattr(self._actor, method).remote(*args)
-            while not ray.wait([answer], timeout=1.0)[0]:
-                self._show(ray.get(self._actor.progress.remote()))
-            return ray.get(answer)
-        except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            raise SapoError(f"{method}: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
+        """Call the coordinator and show its progress until it answers; if it dies, start it again and call once more.
+
+        Raises SapoError with the cause of a failure, and where the coordinator dies again and again.
+        """
+        for deaths in range(1, MAX_DEATHS + 1):
+            try:
+                self._load()
+                return self._wait(getattr(self._actor, method).remote(*args))
+            except RayTaskError as error:
+                raise SapoError(f"{method}: {type(error.cause).__name__}: {_one_line(error.cause)}") from error
+            except RayActorError as error:
+                self._actor, self._loaded = None, {}
+                if deaths == MAX_DEATHS:
+                    raise SapoError(f"{method}: the coordinator died {deaths} times: {_one_line(error)}") from error
+                self._reporter.warn(f"{method}: the coordinator died ({_one_line(error)}) and is started again")
+            except RayError as error:
+                raise SapoError(f"{method}: {type(error).__name__}: {_one_line(error)}") from error
+
+    def _wait(self, answer: Any) -> Any:
+        while not ray.wait([answer], timeout=1.0)[0]:
+            self._show(ray.get(self._actor.progress.remote()))
+        return ray.get(answer)
 
     def _show(self, progress: dict[str, Any]) -> None:
         for event in progress["events"]:
@@ -65,7 +89,14 @@ class CoordinatorClient:
         if self._actor is None:
             cpus = self._config.ray.coordinator_cpus
             self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, str(self._run_path))
+        elif self._paused:
+            ray.get(self._actor.resume.remote())
+        self._paused = False
         for role, checkpoint in self._wanted.items():
             if self._loaded.get(role) != checkpoint:
                 ray.get(getattr(self._actor, f"load_{role}").remote(checkpoint))
                 self._loaded[role] = checkpoint
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -80,6 +80,13 @@ class Coordinator:
         """Forget every prompt the reasoner's engines have seen."""
         await self._engines.reset_prefix_cache()
 
+    async def pause(self) -> None:
+        """Give the place of engines and verifiers to others until `resume`."""
+        await self._engines.pause()
+
+    async def resume(self) -> None:
+        await self._engines.resume()
+
     async def close(self) -> None:
         await self._engines.close()
 

@@ -69,6 +69,16 @@ class Engines:
         """Forget every prompt the engines have seen."""
         await self._reasoners.broadcast("reset_prefix_cache")
 
+    async def pause(self) -> None:
+        """Give the workers' place to others."""
+        for pool in self._pools:
+            await pool.pause()
+
+    async def resume(self) -> None:
+        """Have the workers back."""
+        for pool in self._pools:
+            await pool.resume()
+
     async def close(self) -> None:
         for pool in self._pools:
             await pool.close()

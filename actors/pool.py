@@ -134,7 +134,10 @@ class ElasticPool(Generic[Request, Result]):
         method: str,
         config: PoolConfig,
         scaling: ScalingConfig,
+        *,
+        sleeps: bool = False,
     ) -> None:
+        self._sleeps = sleeps
         self.name, self._make_actor, self._method = name, make_actor, method
         self._least, self._most, self._scaling = config.workers, config.most_workers, scaling
         self._batch_size, self._in_flight = config.batch_size, config.in_flight
@@ -192,14 +195,24 @@ class ElasticPool(Generic[Request, Result]):
         await self._exclusively(lambda worker: self._ask(worker, method))
 
     async def pause(self) -> None:
-        """End all workers once what they have in flight is done, so that others can have their place."""
+        """Give the workers' place to others once what they have in flight is done: end them, or put them to sleep."""
         self._paused = True
+        if self._sleeps:
+            return await self.broadcast("sleep")
         await self._exclusively(self._end)
         for worker in list(self._workers):  # those that are still starting
             self._remove(worker)
 
     async def resume(self) -> None:
-        """Have the least number of workers up again, and wait until they are ready. Raises what broke the pool."""
+        """Have the least number of workers up again, and wait until they are ready. Raises what broke the pool.
+
+        A pool that was never given a checkpoint stays empty.
+        """
+        if self._checkpoint is None:
+            self._paused = False
+            return
+        if self._paused and self._sleeps:
+            await self.broadcast("wake")
         self._paused = False
         self._scale()
         while not self._broken and sum(worker.ready for worker in self._workers) < self._least:

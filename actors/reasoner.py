@@ -73,6 +73,14 @@ class RolloutWorker(PoolWorker):
         if not await self._engine.reset_prefix_cache():
             raise RuntimeError("the prefix cache cannot be reset while requests are running")
 
+    async def sleep(self) -> None:
+        """Give the device's memory back; the weights wait in the node's."""
+        await self._engine.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Take the device's memory again."""
+        await self._engine.wake_up()
+
     async def close(self) -> None:
         """Stop the engine and its process."""
         if self._engine is not None:
@@ -98,7 +106,9 @@ class RolloutWorker(PoolWorker):
 def reasoner_pool(config: EngineConfig, scaling: ScalingConfig) -> ElasticPool[GenerateRequest, Completion]:
     """A pool of rollout workers."""
     actor = actor_class(RolloutWorker, config, environment(config))
-    return ElasticPool("rollout", lambda model: actor.remote(config, model), "generate", config, scaling)
+    return ElasticPool(
+        "rollout", lambda model: actor.remote(config, model), "generate", config, scaling, sleeps=config.sleep
+    )
 
 
 def sampling_params(sampling: Sampling, seed: int) -> Any:
@@ -130,6 +140,7 @@ def engine_args(config: EngineConfig, model: str) -> dict[str, Any]:
         "block_size": config.block_size,
         "enable_prefix_caching": config.prefix_caching,
         "enforce_eager": config.enforce_eager,
+        "enable_sleep_mode": config.sleep,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "worker_extension_cls": f"{WeightReload.__module__}.{WeightReload.__qualname__}",

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,13 @@ class Run:
         self._stage(stage, lambda: self._run_job(stage, job))
 
     def _run_job(self, stage: str, job: TrainJob) -> Notes:
+        in_turn = self.config.placement == "colocated"
+        if in_turn:
+            self._coordinator.pause()
         if self._trainer is None:
-            self._trainer = Trainer(self.config.trainer, self._store.path / "train", name="train")
+            keep = self.config.trainer.keep_workers and not in_turn
+            workers = replace(self.config.trainer, keep_workers=keep)
+            self._trainer = Trainer(workers, self._store.path / "train", name="train")
         result = self._trainer.train(job, on_progress=self._reporter.update)
         for record in result.metrics:
             self._store.log({"stage": stage, **record})

@@ -10,7 +10,7 @@ import click
 
 from sapo_ray.errors import SapoError
 
-COMMANDS = ("run", "label", "evaluate", "show", "doctor")
+COMMANDS = ("run", "label", "evaluate", "show", "audit", "doctor")
 
 
 class Failure(click.ClickException):

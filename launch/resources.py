@@ -44,28 +44,31 @@ def offered_nodes() -> list[Nodes]:
     return up + [Nodes(f"node type {name}", group.max_count, dict(group.resources)) for name, group in groups.items()]
 
 
-def demands(config: RunConfig) -> list[Demand]:
-    """What a run holds at the same time."""
+def phases(config: RunConfig) -> list[list[Demand]]:
+    """What a run holds at the same time: everything, or where it is `colocated`, engines and training in turn."""
     sections: dict[str, PoolConfig | TrainerConfig] = {
         "engine": config.engine,
         "verifier": config.verifier,
         "trainer": config.trainer,
     }
-    of_workers = [
+    engine, verifier, trainer = (
         # A pool that may shrink to nothing still needs one worker to get anywhere.
         Demand(name, max(1, c.workers), {"CPU": c.cpus_per_worker, "GPU": c.gpus_per_worker})
         for name, c in sections.items()
-    ]
-    return [*of_workers, Demand("ray", 1, {"CPU": config.ray.coordinator_cpus})]
+    )
+    coordinator = Demand("ray", 1, {"CPU": config.ray.coordinator_cpus})
+    if config.placement == "colocated" and not config.engine.sleep:
+        return [[engine, verifier, coordinator], [trainer, coordinator]]
+    return [[engine, verifier, trainer, coordinator]]
 
 
 def check_fits(config: RunConfig, nodes: Sequence[Nodes]) -> None:
     """Raises SapoError, naming keys and what is offered, for a demand that the nodes can never meet."""
-    wanted = demands(config)
-    for demand in wanted:
-        _check_one_worker(demand, nodes)
-    for kind in ("CPU", "GPU"):
-        _check_total(wanted, nodes, kind)
+    for wanted in phases(config):
+        for demand in wanted:
+            _check_one_worker(demand, nodes)
+        for kind in ("CPU", "GPU"):
+            _check_total(wanted, nodes, kind)
 
 
 def _check_one_worker(demand: Demand, nodes: Sequence[Nodes]) -> None:

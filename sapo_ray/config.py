@@ -57,6 +57,9 @@ class RunConfig:
     """Rounds of self-evolution after round 0 (I)."""
     verify: bool = True
     """Train and use a verifier. Without one (the paper's "w/o RM") nothing is labelled and pairs go by result alone."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """`separate`: engines and training workers are up at the same time. `colocated`: they take turns on the same
+    devices; whoever is not at work gives its place back, and `trainer.keep_workers` does nothing."""
     initial_labeler: Literal["omega", "shepherd", "outcome"] = "omega"
     """Who labels round 0, when there is no verifier yet."""
     task: ChainConfig = field(default_factory=ChainConfig)

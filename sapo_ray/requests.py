@@ -114,6 +114,9 @@ class EngineConfig(PoolConfig):
     """Keep the keys and values of prefixes, so that completions of one prefix compute it once."""
     enforce_eager: bool = True
     """Do without compilation, which costs start-up time and pays off on GPUs."""
+    sleep: bool = False
+    """Where `placement` is `colocated`: keep the engine's process and have it give back its memory only (vLLM's sleep
+    mode, GPUs only), instead of ending it. `gpus_per_worker` must then leave the trainer a fraction of the device."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's AsyncEngineArgs; they win over the keys above."""
 
@@ -124,6 +127,8 @@ class EngineConfig(PoolConfig):
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
         if self.kv_cache_gib < 0:
             raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must not be negative")
+        if self.sleep and not 0 < self.gpus_per_worker < 1:
+            raise ValueError(f"sleep is true and gpus_per_worker {self.gpus_per_worker}; it must lie between 0 and 1")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie above 0 and at most at 1"

@@ -48,3 +48,10 @@ def test_a_pool_that_starts_with_nothing_still_needs_room_for_one_worker() -> No
     check_fits(config, [HEAD, replace(GPU_NODES, count=2)])
     with pytest.raises(SapoError, match=r"needs 5 GPUs"):
         check_fits(config, [HEAD, replace(GPU_NODES, count=1)])
+
+
+def test_colocated_engines_and_training_need_room_for_the_larger_of_the_two() -> None:
+    config = replace(CONFIG, placement="colocated")
+    check_fits(config, [HEAD, replace(GPU_NODES, count=1)])
+    with pytest.raises(SapoError, match=r"needs 8 GPUs = 8 \(trainer.workers"):
+        check_fits(replace(config, trainer=replace(config.trainer, workers=8)), [HEAD, replace(GPU_NODES, count=1)])

@@ -1,0 +1,65 @@
+"""`sapo audit`: does everything a run says follow from what it stored?"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from sapo_ray.audit import audit as audit_labels
+from sapo_ray.config import RunConfig
+from sapo_ray.config_loader import load_config
+from sapo_ray.errors import SapoError
+from sapo_ray.store import Kind, RunDirectory, labelled_of, rollout_of
+
+IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_id", "rollouts": "rollout_id"}
+
+
+@click.command()
+@click.argument("run_dir", metavar="RUN", type=click.Path(exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@click.pass_context
+def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
+    """Re-derive every label of RUN from its stored rollouts, and look for anything stored twice or missing.
+
+    Exits with 1 if something does not follow.
+
+    \b
+    Example:
+      sapo audit runs/local
+    """
+    store = RunDirectory(run_dir)
+    path = Path(run_dir, "config.yaml")
+    if not path.is_file():
+        raise SapoError(f"{run_dir} is no run: it has no config.yaml")
+    config = load_config(RunConfig, path)
+    checked, problems = Counter[str](), list[str]()
+    for number in range(config.rounds + 1):
+        if store.done(f"round-{number}/sample"):
+            problems += [f"round {number}: {problem}" for problem in audit_round(store, config, number, checked)]
+    if as_json:
+        click.echo(json.dumps({"checked": dict(checked), "problems": problems}))
+    else:
+        for problem in problems:
+            click.echo(problem)
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in checked.items())
+        click.echo(f"{len(problems)} problems in {counts or 'nothing: no round has been sampled'}")
+    ctx.exit(int(bool(problems)))
+
+
+def audit_round(store: RunDirectory, config: RunConfig, number: int, checked: Counter[str]) -> Iterator[str]:
+    """What does not follow in one round, a line each; counts in `checked` what was looked at."""
+    for kind, key in IDS.items():
+        ids = Counter(row[key] for row in store.read(number, kind))
+        checked[kind] += ids.total()
+        yield from (f"{kind}: {name} is stored {count} times" for name, count in ids.items() if count > 1)
+    labelled = [labelled_of(row) for row in store.read(number, "labels")]
+    rollouts = [rollout_of(row) for row in store.read(number, "rollouts")]
+    known = {rollout.id for rollout in rollouts}
+    for row in labelled:
+        lost = [name for estimate in row.estimates for name in estimate.rollout_ids if name not in known]
+        yield from (f"{row.trajectory.id}: its rollout {name} is not stored" for name in lost)
+    yield from audit_labels(labelled, rollouts, config.labeling)
