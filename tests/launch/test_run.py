@@ -98,3 +98,14 @@ def test_another_config_on_the_same_run_is_refused(finished: RunDirectory) -> No
 def _times(run: RunDirectory) -> Mapping[str, Any]:
     files = [*run.path.glob("round-*/*/*.parquet"), *run.path.glob("checkpoints/*/*.safetensors")]
     return {str(file): file.stat().st_mtime_ns for file in files}
+
+
+def test_colocated_engines_and_training_take_turns_where_only_one_of_them_fits(tmp_path: Path) -> None:
+    """Two CPUs: engines, verifier and coordinator need 1.8, training and coordinator 1.8."""
+    places = ["engine.cpus_per_worker=1.5", "engine.threads=1", "trainer.cpus_per_worker=1.7", "rounds=0"]
+    refused = sapo("run", str(TINY), f"run_dir={tmp_path / 'separate'}", *places)
+    assert (refused.returncode, (tmp_path / "separate").exists()) == (2, False)
+    assert "the run needs 3.5 CPUs" in refused.stderr
+    result = sapo("run", str(TINY), f"run_dir={tmp_path / 'turns'}", "placement=colocated", *places)
+    assert result.returncode == 0, result.stderr
+    assert RunDirectory(tmp_path / "turns").summary()["rounds"][0]["verifier"]["auroc"] is not None

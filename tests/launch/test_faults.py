@@ -1,0 +1,156 @@
+"""Real processes of a real run are killed; it ends by itself, or by the same command, with nothing lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sapo_ray.store import RunDirectory
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+ROLLOUT, ENGINE, VERIFIER = "ray::RolloutWorker", "VLLM::EngineCore", "ray::VerifierWorker"
+COORDINATOR, TRAINER, DRIVER = "ray::Coordinator", "ray::RayTrainWorker", "driver"
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+
+class Running:
+    """`sapo run` as a process of its own, its stages as they end, and its Ray's processes by name."""
+
+    def __init__(self, path: Path, *overrides: str) -> None:
+        command = [sys.executable, "-m", "launch", "run", str(TINY), f"run_dir={path}", *overrides]
+        self.store = RunDirectory(path)
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        self.lines.extend(line for line in self.process.stderr)
+
+    def wait_for_stage(self, name: str) -> None:
+        while name not in self.store.stages():
+            assert self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.05)
+
+    def kill(self, victim: str) -> bool:
+        """SIGKILL a process by the name Ray gives it; whether there was one."""
+        if victim == DRIVER:
+            daemons = psutil.Process(self.process.pid).children()
+            self.process.kill()
+            for daemon in daemons:  # Ray's own, which outlive a driver that is killed
+                daemon.kill()
+            return True
+        for process in psutil.process_iter(["name", "cmdline"]):
+            title = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+            if title.startswith(victim) and self.process.pid in {p.pid for p in _ancestors(process)}:
+                process.kill()
+                return True
+        return False
+
+    def kill_soon(self, victim: str, seconds: float = 20.0) -> None:
+        until = time.monotonic() + seconds
+        while not self.kill(victim):
+            assert time.monotonic() < until, f"no {victim} to kill: {''.join(self.lines)}"
+            time.sleep(0.05)
+
+    def end(self) -> int:
+        return self.process.wait(900)
+
+
+def _ancestors(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.parents()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ids(store: RunDirectory, number: int) -> dict[str, list[str]]:
+    """The request ids that a round has results of: samples, and rollouts of the checks that were made."""
+    return {
+        "sampled": [row["trajectory_id"] for row in store.read(number, "trajectories")],
+        "labelled": [row["trajectory_id"] for row in store.read(number, "labels")],
+        "rollouts": [row["rollout_id"] for row in store.read(number, "rollouts")],
+    }
+
+
+def assert_nothing_is_lost(store: RunDirectory, undisturbed: RunDirectory) -> None:
+    """Every question has its samples, nothing is stored twice, and every label follows from the stored rollouts."""
+    audit = subprocess.run(
+        [sys.executable, "-m", "launch", "audit", str(store.path), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert audit.returncode == 0, audit.stdout
+    assert json.loads(audit.stdout)["checked"]["labels"] > 0
+    assert store.stages().keys() == undisturbed.stages().keys()
+    for number in (0, 1):
+        questions = [{row["question_id"] for row in s.read(number, "trajectories")} for s in (store, undisturbed)]
+        assert questions[0] == questions[1]
+    assert [entry["quarantined"] for entry in store.summary()["rounds"]] == [0, 0]
+
+
+def test_a_run_whose_workers_and_coordinator_are_killed_ends_by_itself(finished: RunDirectory, tmp_path: Path) -> None:
+    run = Running(tmp_path / "run")
+    run.wait_for_stage("round-0/validation")
+    run.kill_soon(ENGINE)  # while round 0 is sampled
+    run.wait_for_stage("round-0/sample")
+    run.kill_soon(TRAINER)  # while the first verifier is trained
+    run.wait_for_stage("round-0/evaluate")
+    run.kill_soon(ROLLOUT)  # while round 1 is sampled
+    run.wait_for_stage("round-1/prm")
+    run.kill_soon(VERIFIER)  # while it scores
+    run.wait_for_stage("round-1/align")
+    run.kill_soon(COORDINATOR)
+    assert run.end() == 0, "".join(run.lines)
+    assert_nothing_is_lost(run.store, finished)
+    told = "".join(run.lines)
+    assert "the coordinator died" in told
+    assert "will be replaced" in told
+
+
+def test_a_run_whose_driver_is_killed_goes_on_with_the_same_command(finished: RunDirectory, tmp_path: Path) -> None:
+    run = Running(tmp_path / "run")
+    run.wait_for_stage("round-0/sample")
+    run.kill(DRIVER)
+    run.end()
+    before = run.store.stages()
+    again = Running(tmp_path / "run")
+    assert again.end() == 0, "".join(again.lines)
+    assert_nothing_is_lost(again.store, finished)
+    assert {name: again.store.stages()[name] for name in before} == before  # what was done is not done again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_four_kills_at_random_moments_of_one_run(finished: RunDirectory, tmp_path: Path, seed: int) -> None:
+    for run in _killed_at_random(tmp_path / "run", random.Random(seed), kills=4):
+        code = run.end()
+        assert code == 0 or run.process.returncode == -signal.SIGKILL, "".join(run.lines)
+    assert_nothing_is_lost(RunDirectory(tmp_path / "run"), finished)
+
+
+def _killed_at_random(path: Path, rng: random.Random, kills: int) -> Iterator[Running]:
+    """The same command again and again: killed at random until so many kills are done, then left to its end."""
+    victims = [ROLLOUT, ENGINE, VERIFIER, COORDINATOR, TRAINER, DRIVER]
+    run = Running(path)
+    while kills:
+        time.sleep(rng.uniform(2, 20))
+        victim = rng.choice(victims)
+        if run.process.poll() is None and run.kill(victim):
+            kills -= 1
+        if run.process.poll() is not None or victim == DRIVER:
+            yield run
+            run = Running(path)
+    yield run
