@@ -27,7 +27,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, Load, ScalingConfig, growth
 
-RATE_WINDOW = 30.0
+RATE_WINDOW = 60.0
 """Seconds over which the rate of a pool is taken."""
 FAILED_STARTS = 3
 """Workers that may die one after the other while they start, before the pool gives up."""

@@ -95,7 +95,7 @@ class PoolConfig:
 @dataclass(kw_only=True)
 class EngineConfig(PoolConfig):
     tensor_parallel_size: int = 1
-    """GPUs that one engine spreads its weights over."""
+    """GPUs of one node that an engine spreads its weights over; at most `gpus_per_worker`."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Type of weights and activations; `auto` takes the checkpoint's."""
     max_model_len: int = 512
@@ -127,6 +127,11 @@ class EngineConfig(PoolConfig):
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
         if self.kv_cache_gib < 0:
             raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must not be negative")
+        if 0 < self.gpus_per_worker < self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}; a worker has {self.gpus_per_worker:g} GPUs "
+                "(gpus_per_worker), and an engine lives on one node"
+            )
         if self.sleep and not 0 < self.gpus_per_worker < 1:
             raise ValueError(f"sleep is true and gpus_per_worker {self.gpus_per_worker}; it must lie between 0 and 1")
         if not 0 < self.gpu_memory_utilization <= 1:
