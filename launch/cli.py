@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from launch import signals
 from sapo_ray.errors import SapoError
 
-COMMANDS = ("run", "label", "evaluate", "show", "audit", "doctor")
+COMMANDS = ("run", "submit", "label", "evaluate", "show", "audit", "doctor")
 
 
 class Failure(click.ClickException):
@@ -48,8 +49,9 @@ class Commands(click.Group):
                 traceback.print_exc()
             raise Failure(" ".join(str(error).split())) from error
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(130)
+            line, status = signals.last_words()
+            click.echo(line, err=True)
+            ctx.exit(status)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # a full disk, say, or a fault of ours: one line, too
@@ -67,4 +69,5 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Run the command that the process's arguments name, and exit."""
+    signals.listen()
     cli(prog_name="sapo")

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from actors.client import CoordinatorClient
 from launch.checks import Checkpoint, check_writable
+from launch.job import check_outlives_job, job_environment
 from launch.progress import ConsoleReporter
 from launch.records import read_records
 from launch.session import ray_session
@@ -56,6 +57,8 @@ def label(
     """
     settings = load_config(RunConfig, config, overrides)
     _require_scores(settings, verifier)
+    if job_environment() is not None:
+        check_outlives_job("--out", out)
     if Path(out).exists():
         raise SapoError(f"--out {out} exists already; name a new directory")
     check_writable("--out", Path(out))

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from launch.checks import check_writable
+from launch.job import check_outlives_job, job_environment
 from launch.progress import ConsoleReporter
 from launch.session import ray_session
 from launch.show import print_summary
@@ -52,6 +53,8 @@ def complete(config: str, overrides: Sequence[str]) -> RunDirectory:
     from actors.sapo import sapo
 
     settings = load_config(RunConfig, config, overrides)
+    if job_environment() is not None:
+        check_outlives_job("run_dir", settings.run_dir)
     settings.run_dir = settings.run_dir or str(Path("runs", Path(config).stem))
     store = RunDirectory(settings.run_dir)
     _refuse_other_config(settings, store)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import ray
 
+from launch.job import job_environment
 from launch.resources import Nodes, check_fits, offered_nodes
+from launch.signals import postponed
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 
@@ -28,16 +29,11 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         _check_answers(address)
     if not address and config.ray.num_cpus is not None:
         check_fits(config, [Nodes("this machine", 1, {"CPU": config.ray.num_cpus, "GPU": math.inf})])
-    environment = {
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "PASSIVE",  # as in `thread_environment`: training's workers, too, share the cores
-        "PYTHONPATH": _python_path(),
-    }
+    environment = _environment()
     # Ray's workers are nice by default, so that anything else on the machine would hold them up.
     os.environ.update({"RAY_worker_niceness": "0", **environment})
     try:
-        with _interrupts_later():
+        with postponed():  # what hits Ray while it starts or ends makes the process crash, or leaves others behind
             ray.init(
                 address=address,
                 num_cpus=None if address else config.ray.num_cpus,
@@ -49,20 +45,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         check_fits(config, offered_nodes())
         yield
     finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits until the block ends: one that hits Ray while it starts makes the process crash."""
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+        with postponed():
+            ray.shutdown(wait_for_processes=True)
 
 
 def _check_answers(address: str) -> None:
@@ -76,6 +60,14 @@ def _check_answers(address: str) -> None:
         raise SapoError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: {error}") from error
 
 
-def _python_path() -> str:
-    """The path on which workers find this package when it runs from a checkout that is not installed."""
-    return os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH", "")]))
+def _environment() -> dict[str, str]:
+    """Variables of all processes of a run, but for those that the Ray job it runs in sets itself."""
+    variables = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # as in `thread_environment`: training's workers, too, share the cores
+    }
+    job = job_environment() or {}
+    if "working_dir" not in job:  # Ray has every node find a job's packages, each at a path of its own
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH", "")]))
+    return {key: value for key, value in variables.items() if key not in (job.get("env_vars") or {})}

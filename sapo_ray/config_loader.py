@@ -60,6 +60,11 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
     return config
 
 
+def config_files(path: str | Path) -> list[Path]:
+    """The file `path` and those that it extends, outermost first. Raises ConfigError where one cannot be read."""
+    return [Path(source) for source, _ in _file_layers(Path(path), ())]
+
+
 def to_yaml(config: object) -> str:
     """The dataclass instance `config` as YAML, from which `load_config` makes an equal one."""
     assert is_dataclass(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -209,6 +210,52 @@ def test_labelling_that_cannot_be(files: Path, arguments: Sequence[str], message
 )
 def test_an_evaluation_that_cannot_be(files: Path, arguments: Sequence[str], message: str) -> None:
     assert mistake("evaluate", TINY, *arguments, folder=files).startswith(message)
+
+
+NOWHERE = "no Ray job server answers at "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run_dir is null; a job needs an absolute path, or a URI such as "),
+        (["run_dir=runs/mine"], "run_dir is runs/mine; a job needs an absolute path"),
+        (["run_dir=FILES/new", "sft.epcohs=3"], "command line: sft.epcohs is not a key; did you mean sft.epochs?"),
+        (["run_dir=FILES/new", "sft.max_tokens=20"], "sft.max_tokens is 20; it must be at least 27, "),
+        (["run_dir=s3://b/x", "--address", "127.0.0.1:1"], f"{NOWHERE}http://127.0.0.1:1: [Errno 111] Connection re"),
+        (["run_dir=FILES/new", "--address", "ray://me:secret@h:1"], f"{NOWHERE}ray://h:1: No connection adapters"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_submission_that_cannot_be(files: Path, arguments: Sequence[str], message: str) -> None:
+    assert mistake("submit", TINY, *arguments, folder=files).startswith(message)
+
+
+def test_a_job_server_that_accepts_and_is_silent(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.submit._ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        message = mistake("submit", TINY, "run_dir=FILES/new", "--address", address, folder=files)
+    assert message.startswith(f"{NOWHERE}{address}: Read timed out.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", TINY], "run_dir is null; a job needs an absolute path, or a URI such as "),
+        (["run", TINY, "run_dir=runs/mine"], "run_dir is runs/mine; a job needs an absolute path"),
+        (
+            ["label", TINY, "FILES/text.parquet", "--reasoner", "FILES/reasoner", "--out", "labels", *OMEGA[2:]],
+            "--out is labels; a job needs an absolute path",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_job_writes_nothing_where_it_runs(
+    files: Path, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], message: str
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {}}')
+    assert mistake(*arguments, folder=files).startswith(message)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:port"])

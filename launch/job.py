@@ -1,0 +1,25 @@
+"""What a command knows of the Ray job that it runs in, and what a job asks of its paths."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from sapo_ray.errors import SapoError
+
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's name for the variable, in a job's first process only
+
+
+def job_environment() -> dict[str, Any] | None:
+    """The runtime environment of the Ray job that this process was submitted as, or None."""
+    return json.loads(os.environ[_JOB_CONFIG])["runtime_env"] if _JOB_CONFIG in os.environ else None
+
+
+def check_outlives_job(name: str, path: str | None) -> None:
+    """Raises SapoError unless `path` is absolute or a URI: Ray removes the directory that a job runs in."""
+    if path is None or not (os.path.isabs(path) or "://" in path):
+        raise SapoError(
+            f"{name} is {path or 'null'}; a job needs an absolute path, or a URI such as s3://bucket/runs/mine, on "
+            "storage that every node sees"
+        )
