@@ -143,6 +143,8 @@ class LocalCluster:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes the rollout nodes, too, use the loopback address
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.directory / "token"),
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # a busy machine needs longer than Ray's 60 s
+            "RAY_JOB_STOP_WAIT_TIME_S": "45",  # a stopped run writes what it has; Ray's 3 s would cut that off
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "AUTOSCALER_METRIC_PORT": str(self._metrics[0]),
             "DASHBOARD_METRIC_PORT": str(self._metrics[1]),
