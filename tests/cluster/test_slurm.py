@@ -110,9 +110,7 @@ def test_the_runs_exit_status_is_the_jobs(start: Callable[..., Job]) -> None:
         ("RUNNING", "0", False),  # the signal came when the run had just ended
     ],
 )
-def test_a_signal_lets_the_run_write_first(
-    start: Callable[..., Job], state: str, stopped: str, requeued: bool
-) -> None:
+def test_a_signal_lets_the_run_write_first(start: Callable[..., Job], state: str, stopped: str, requeued: bool) -> None:
     job = start("my.yaml", STATE=state, STOPPED=stopped)
     job.until_it_logs("sapo run")
     job.process.send_signal(signal.SIGTERM)
