@@ -1,0 +1,121 @@
+"""The one-machine cluster: real nodes come and go, jobs run on it, and it leaves everything else alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.local.autoscaling import MARK, LocalCluster
+
+METRICS: Any = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text())
+NODES = """
+import json, time, ray
+ray.init()
+
+def nodes():
+    return int(ray.cluster_resources().get("rollout_node", 0))
+
+@ray.remote(num_cpus=1, resources={"rollout_node": 1})
+class Worker:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+before = nodes()
+workers = [Worker.remote() for _ in range(2)]
+apart = len(set(ray.get([worker.node.remote() for worker in workers])))
+during = nodes()
+addresses = sorted({node["NodeManagerAddress"] for node in ray.nodes()})
+del workers
+while nodes():
+    time.sleep(0.5)
+print(json.dumps({"before": before, "during": during, "apart": apart, "addresses": addresses}))
+"""
+EXPORT = """
+import sys, time, urllib.request, ray
+from ray.util.metrics import Counter, Gauge
+ray.init()
+counters, gauges = sys.argv[1].split(","), sys.argv[2].split(",")
+made = [Counter(name) for name in counters], [Gauge(name) for name in gauges]
+for counter in made[0]:
+    counter.inc(1)
+for gauge in made[1]:
+    gauge.set(1)
+(head,) = [node for node in ray.nodes() if node["Alive"]]
+text = ""
+while not all(name in text for name in counters + gauges):
+    time.sleep(1)
+    address = f"http://127.0.0.1:{head['MetricsExportPort']}/metrics"
+    text = urllib.request.urlopen(address).read().decode()
+print(text)
+"""
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(idle_timeout=3) as cluster:
+        yield cluster
+
+
+def client(cluster: LocalCluster, *command: str) -> str:
+    """What a command prints that uses the cluster as a user's does."""
+    environment = os.environ | cluster.variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def processes_of(cluster: LocalCluster) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(cluster.directory):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_nodes_come_with_the_work_and_go_after_it(cluster: LocalCluster) -> None:
+    seen = json.loads(client(cluster, sys.executable, "-c", NODES).splitlines()[-1])
+    assert seen == {"before": 0, "during": 2, "apart": 2, "addresses": ["127.0.0.1"]}
+
+
+def test_a_job_runs_on_it(cluster: LocalCluster) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    assert "6 x 7 = 42" in client(cluster, ray, "job", "submit", "--", "echo", "6 x 7 = 42")
+
+
+def test_ray_names_metrics_as_the_dashboard_does(cluster: LocalCluster) -> None:
+    text = client(cluster, sys.executable, "-c", EXPORT, *(",".join(METRICS[kind]) for kind in ("counters", "gauges")))
+    exported = set(re.findall(r"^(ray_sapo_\w+)[{ ]", text, re.MULTILINE))
+    wanted = {f"ray_{name}_total" for name in METRICS["counters"]} | {f"ray_{name}" for name in METRICS["gauges"]}
+    assert exported >= wanted
+
+
+def test_another_one_ends_alone_and_keeps_its_logs_if_it_fails(cluster: LocalCluster) -> None:
+    other = LocalCluster(max_nodes=1)
+
+    def fail() -> None:
+        with other:
+            assert processes_of(other)
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    assert not processes_of(other)
+    assert (other.directory / "head.log").exists()
+    shutil.rmtree(other.directory)
+    assert "1" in client(cluster, sys.executable, "-c", "import ray; ray.init(); print(len(ray.nodes()))")
