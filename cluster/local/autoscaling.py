@@ -59,8 +59,12 @@ class LocalCluster:
             "RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{self._dashboard}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.directory / "token"),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes Ray use the loopback address, not the machine's own
         }
         """What a process needs in its environment to use the cluster and to submit jobs to it."""
+        # It ends the cluster when this process closes the pipe, or dies by whatever signal.
+        janitor = [sys.executable, __file__, "--clean-up", str(self.directory)]
+        self._janitor = subprocess.Popen(janitor, stdin=subprocess.PIPE, start_new_session=True)
         with ExitStack() as undo:
             undo.callback(self._stop)
             self._start()
@@ -140,9 +144,7 @@ class LocalCluster:
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes the rollout nodes, too, use the loopback address
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.directory / "token"),
+            **{name: value for name, value in self.variables.items() if name not in elsewhere},
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # a busy machine needs longer than Ray's 60 s
             "RAY_JOB_STOP_WAIT_TIME_S": "45",  # a stopped run writes what it has; Ray's 3 s would cut that off
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -151,19 +153,26 @@ class LocalCluster:
         }
 
     def _stop(self) -> None:
-        while processes := list(self._processes()):  # some may start others while they are ended
-            for process in processes:
-                with suppress(psutil.NoSuchProcess):
-                    process.terminate()
-            for process in psutil.wait_procs(processes, timeout=GRACE)[1]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        self._janitor.communicate()  # closes what it reads from
 
-    def _processes(self) -> Iterator[psutil.Process]:
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):  # it is gone, or another user's
-                if process.environ().get(MARK) == str(self.directory):
-                    yield process
+
+def clean_up(directory: str) -> None:
+    """End all processes of the cluster that has this directory."""
+    while processes := list(processes_of(directory)):  # some may start others while they are ended
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(processes, timeout=GRACE)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def processes_of(directory: str) -> Iterator[psutil.Process]:
+    """The processes of the cluster that has this directory."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it is gone, or another user's
+            if process.environ().get(MARK) == directory:
+                yield process
 
 
 def _free_ports(count: int) -> list[int]:
@@ -184,8 +193,13 @@ def main() -> None:
     parser.add_argument(
         "--idle-timeout", type=float, default=10.0, help="seconds after which an idle node goes (default: %(default)s)"
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), LocalCluster(**vars(parser.parse_args())) as cluster:
+    parser.add_argument("--clean-up", help=argparse.SUPPRESS)
+    options = vars(parser.parse_args())
+    if directory := options.pop("clean_up"):
+        sys.stdin.read()  # until its end
+        clean_up(directory)
+        return
+    with suppress(KeyboardInterrupt), LocalCluster(**options) as cluster:
         print("The cluster is up. In another terminal:\n")
         print("export", shlex.join(f"{name}={value}" for name, value in cluster.variables.items()), "\n", flush=True)
         signal.pause()

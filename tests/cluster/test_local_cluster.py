@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from cluster.local.autoscaling import MARK, LocalCluster
+from cluster.local.autoscaling import LocalCluster, processes_of
 
 METRICS: Any = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text())
 NODES = """
@@ -77,17 +76,6 @@ def client(cluster: LocalCluster, *command: str) -> str:
     return done.stdout
 
 
-def processes_of(cluster: LocalCluster) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == str(cluster.directory):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_nodes_come_with_the_work_and_go_after_it(cluster: LocalCluster) -> None:
     seen = json.loads(client(cluster, sys.executable, "-c", NODES).splitlines()[-1])
     assert seen == {"before": 0, "during": 2, "apart": 2, "addresses": ["127.0.0.1"]}
@@ -110,12 +98,13 @@ def test_another_one_ends_alone_and_keeps_its_logs_if_it_fails(cluster: LocalClu
 
     def fail() -> None:
         with other:
-            assert processes_of(other)
+            assert list(processes_of(str(other.directory)))
             raise LookupError
 
     with pytest.raises(LookupError):
         fail()
-    assert not processes_of(other)
+    assert not list(processes_of(str(other.directory)))
     assert (other.directory / "head.log").exists()
     shutil.rmtree(other.directory)
-    assert "1" in client(cluster, sys.executable, "-c", "import ray; ray.init(); print(len(ray.nodes()))")
+    alive = "import ray; ray.init(); print(sum(node['Alive'] for node in ray.nodes()))"
+    assert client(cluster, sys.executable, "-c", alive) == "1\n"
