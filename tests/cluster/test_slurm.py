@@ -16,7 +16,8 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm" / "sapo.sbatch"
 STANDINS = {
     "hostname": "echo 10.0.0.7 10.1.0.7",
-    "python": "cat > /dev/null",
+    # What the real one does: waits until both nodes are there.
+    "python": 'cat > /dev/null; until (($(grep -c "ray start" "$LOG") == 2)); do sleep 0.05; done',
     "scontrol": 'echo "scontrol $*" >> "$LOG"',
     "squeue": 'echo "$STATE"',
     "ray": 'echo "ray $*" >> "$LOG"; if [[ $1 == start ]]; then exec sleep 60; fi',
