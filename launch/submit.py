@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -33,6 +35,7 @@ STOP_SECONDS = 30
 """How long `ray job stop` lets the job end by itself; Ray's own default is 3 s."""
 
 _ANSWER_SECONDS = 10
+_AGENT_SECONDS = 60
 
 
 @click.command()
@@ -68,10 +71,7 @@ def submit(
         package = Path(folder, "sapo.zip")
         command = ["python", "-m", "launch", "run", pack(Path(config), package), *overrides]
         client = connect(address)
-        job = client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
-        )
+        job = _submit(client, shlex.join(command), package)
     server = _without_password(client.get_address())
     how_to_follow = f"to follow it: ray job logs --address {server} --follow {job}"
     click.echo(f"job {job} submitted", err=True)
@@ -101,6 +101,8 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for talkative in ("dashboard_sdk", "job.sdk"):  # of uploads and of connections
+        logging.getLogger(f"ray.dashboard.modules.{talkative}").setLevel(logging.WARNING)
     url = address if "://" in address or address == "auto" else f"http://{address}"
     try:
         if url != "auto":  # the client itself would wait without end for one that accepts and is silent
@@ -121,6 +123,19 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
+def _submit(client: JobSubmissionClient, command: str, package: Path) -> str:
+    """Submit a job; its id. A cluster takes jobs some seconds after its job server first answers."""
+    environment = {"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
+    patience = time.monotonic() + _AGENT_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=command, runtime_env=environment)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > patience:
+                raise SapoError(f"the cluster does not take the job: {str(error).rpartition(': ')[2]}") from error
+            time.sleep(1)
+
+
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> JobDetails:
     """Write a job's output until it has ended; its details. Raises SapoError where the cluster is lost from sight."""
     from aiohttp import ClientError
@@ -138,12 +153,14 @@ async def _follow(client: JobSubmissionClient, job: str, write: Callable[[str], 
     written = 0
     while True:
         told = 0
-        with suppress(RuntimeError):
-            async for text in client.tail_job_logs(job):
-                told += len(text)
-                if told > written:
-                    write(text[written - told :])
-                    written = told
+        logs = cast(AsyncGenerator[str, None], client.tail_job_logs(job))
+        async with aclosing(logs) as texts:  # also when Ctrl-C cancels this
+            with suppress(RuntimeError):
+                async for text in texts:
+                    told += len(text)
+                    if told > written:
+                        write(text[written - told :])
+                        written = told
         details = client.get_job_info(job)
         if details.status.is_terminal():
             return details

@@ -69,7 +69,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as name:  # sockets want a short path
-        folder, (port, dashboard, agent, client) = Path(name), _free_ports(4)
+        folder, (port, dashboard, agent, other_agent, client) = Path(name), _free_ports(5)
         venv.create(folder / "venv", with_pip=False)
         # The packages beside ours, not ours: a directory named in a .pth file has its own .pth files ignored.
         path = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
@@ -81,11 +81,13 @@ def cluster() -> Iterator[Cluster]:
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         }
         inside = {**environment, "PATH": f"{folder}/venv/bin:{environment['PATH']}"}
-        lacking = subprocess.run(["python", "-c", "import ray, sapo_ray"], env=inside, capture_output=True, check=False)
+        imports = ["python", "-c", "import ray, sapo_ray"]
+        lacking = subprocess.run(imports, cwd=folder, env=inside, capture_output=True, check=False)
         assert b"No module named 'sapo_ray'" in lacking.stderr
         head = ["--head", f"--port={port}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
         head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-        worker = [f"--address=127.0.0.1:{port}", "--num-cpus=2", f"--dashboard-agent-listen-port={agent}"]
+        head += [f"--dashboard-agent-listen-port={agent}"]
+        worker = [f"--address=127.0.0.1:{port}", "--num-cpus=2", f"--dashboard-agent-listen-port={other_agent}"]
         nodes = []
         try:
             for directory, options in (("head", head), ("worker", worker)):
@@ -103,7 +105,7 @@ def _start_node(directory: Path, options: list[str], environment: dict[str, str]
     log = directory.with_suffix(".log")
     command = ["python", "-m", "ray.scripts.scripts", "start", "--block", f"--temp-dir={directory}", *options]
     with log.open("w") as output:
-        node = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        node = subprocess.Popen(command, cwd=directory.parent, env=environment, stdout=output, stderr=subprocess.STDOUT)
     _wait(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None)
     assert node.poll() is None, log.read_text()
     return node
@@ -128,7 +130,7 @@ def test_a_run_is_submitted_left_stopped_and_gone_on_with(cluster: Cluster, tmp_
     run, arguments = RunDirectory(tmp_path / "run"), ["rounds=0", f"run_dir={tmp_path / 'run'}"]
     following = cluster.start("launch", "submit", TINY, "--address", cluster.address, *arguments)
     assert following.stdout
-    assert TINY in following.stdout.readline()
+    assert any(TINY in line for line in following.stdout)  # after what Ray itself says
     following.send_signal(signal.SIGINT)
     _, stderr = following.communicate(timeout=600)
     assert following.returncode == 128 + signal.SIGINT
