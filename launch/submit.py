@@ -56,8 +56,8 @@ def submit(
 ) -> None:
     """Run SAPO as CONFIG says as a job on a Ray cluster, and follow it to its end.
 
-    Uploads this project's packages and CONFIG with all that it extends. `run_dir` must be absolute or a URI, on storage
-    that every node sees. Ctrl-C leaves the job running. Exits with the job's exit status.
+    Uploads this project's packages and CONFIG with all that it extends. `run_dir` must be absolute, on storage that
+    every node sees. Ctrl-C leaves the job running. Exits with the job's exit status.
 
     \b
     Example:

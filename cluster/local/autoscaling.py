@@ -32,7 +32,7 @@ MARK = "SAPO_LOCAL_CLUSTER"
 """The environment variable by which a cluster's processes are known."""
 OBJECT_STORE = 200 * 2**20
 """Bytes of shared memory of each node; Ray would promise a third of the machine's memory to every one."""
-GRACE = 10
+GRACE = 3
 """Seconds from SIGTERM to SIGKILL."""
 
 

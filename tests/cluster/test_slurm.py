@@ -16,11 +16,10 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm" / "sapo.sbatch"
 STANDINS = {
     "hostname": "echo 10.0.0.7 10.1.0.7",
-    # What the real one does: waits until both nodes are there.
-    "python": 'cat > /dev/null; until (($(grep -c "ray start" "$LOG") == 2)); do sleep 0.05; done',
+    "python": 'until (($(grep -c "^ray start" "$LOG") == 2)); do sleep 0.05; done',
     "scontrol": 'echo "scontrol $*" >> "$LOG"',
     "squeue": 'echo "$STATE"',
-    "ray": 'echo "ray $*" >> "$LOG"; if [[ $1 == start ]]; then exec sleep 60; fi',
+    "ray": 'echo "ray $*" >> "$LOG"; exec sleep 60',
     # Two nodes on this machine.
     "srun": 'shift; for SLURM_PROCID in 0 1; do SLURM_PROCID=$SLURM_PROCID "$@" & done; wait',
     "sapo": """
@@ -123,8 +122,8 @@ def test_a_signal_lets_the_run_write_first(start: Callable[..., Job], state: str
 def test_a_cluster_that_does_not_start_ends_the_job(start: Callable[..., Job], tmp_path: Path) -> None:
     failing = tmp_path / "failing"
     failing.mkdir()
-    for name, status in {"srun": 1, "ray": 1}.items():
-        (failing / name).write_text(f"#!/bin/sh\nexit {status}\n")
+    for name in ("srun", "python"):
+        (failing / name).write_text("#!/bin/sh\nexit 1\n")
         (failing / name).chmod(0o755)
     job = start("my.yaml", PATH=f"{failing}:{tmp_path}:{os.environ['PATH']}")
     assert job.status() == 1

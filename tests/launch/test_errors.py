@@ -218,11 +218,11 @@ NOWHERE = "no Ray job server answers at "
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "run_dir is null; a job needs an absolute path, or a URI such as "),
+        ([], "run_dir is null; a job needs an absolute path on storage "),
         (["run_dir=runs/mine"], "run_dir is runs/mine; a job needs an absolute path"),
         (["run_dir=FILES/new", "sft.epcohs=3"], "command line: sft.epcohs is not a key; did you mean sft.epochs?"),
         (["run_dir=FILES/new", "sft.max_tokens=20"], "sft.max_tokens is 20; it must be at least 27, "),
-        (["run_dir=s3://b/x", "--address", "127.0.0.1:1"], f"{NOWHERE}http://127.0.0.1:1: [Errno 111] Connection re"),
+        (["run_dir=FILES/new", "--address", "127.0.0.1:1"], f"{NOWHERE}http://127.0.0.1:1: [Errno 111] Connection re"),
         (["run_dir=FILES/new", "--address", "ray://me:secret@h:1"], f"{NOWHERE}ray://h:1: No connection adapters"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -242,7 +242,7 @@ def test_a_job_server_that_accepts_and_is_silent(files: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", TINY], "run_dir is null; a job needs an absolute path, or a URI such as "),
+        (["run", TINY], "run_dir is null; a job needs an absolute path on storage "),
         (["run", TINY, "run_dir=runs/mine"], "run_dir is runs/mine; a job needs an absolute path"),
         (
             ["label", TINY, "FILES/text.parquet", "--reasoner", "FILES/reasoner", "--out", "labels", *OMEGA[2:]],
