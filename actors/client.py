@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,7 +19,7 @@ class CoordinatorClient:
     Where an error or Ctrl-C ends it, nothing is waited for: Ray ends the pools with the coordinator that owns them.
     """
 
-    def __init__(self, config: RunConfig, run_path: Path, reporter: Reporter) -> None:
+    def __init__(self, config: RunConfig, run_path: str, reporter: Reporter) -> None:
         self._config, self._run_path, self._reporter = config, run_path, reporter
         self._wanted: dict[str, str] = {}
         self._loaded: dict[str, str] = {}
@@ -36,10 +35,10 @@ class CoordinatorClient:
             ray.get(self._actor.close.remote())
         ray.kill(self._actor)
 
-    def use(self, *, reasoner: str | Path | None = None, verifier: str | Path | None = None) -> None:
+    def use(self, *, reasoner: str | None = None, verifier: str | None = None) -> None:
         """The checkpoints that the next call needs. They are loaded when it comes: a skipped stage loads nothing."""
         models = {"reasoner": reasoner, "verifier": verifier}
-        self._wanted |= {role: str(checkpoint) for role, checkpoint in models.items() if checkpoint is not None}
+        self._wanted |= {role: checkpoint for role, checkpoint in models.items() if checkpoint is not None}
 
     def call(self, method: str, *args: Any) -> Any:
         """Call the coordinator and show its progress until it answers. Raises SapoError with the cause of a failure."""
@@ -57,7 +56,7 @@ class CoordinatorClient:
     def _load(self) -> None:
         if self._actor is None:
             cpus = self._config.ray.coordinator_cpus
-            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, str(self._run_path))
+            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path)
         for role, checkpoint in self._wanted.items():
             if self._loaded.get(role) != checkpoint:
                 ray.get(getattr(self._actor, f"load_{role}").remote(checkpoint))

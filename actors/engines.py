@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from pathlib import Path
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from actors.pool import Pool
 from actors.reasoner import reasoner_pool
 from actors.verifier import verifier_pool
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.concurrency import ordered
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
@@ -23,6 +24,15 @@ from sapo_ray.tasks import Task
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_spent: ContextVar[Cost] = ContextVar("spent")
+"""What the stream's item at hand has cost. `ordered` gives each item a task, whose children share its context."""
+
+
+def spend(cost: Cost) -> None:
+    """Count a cost of the item at hand."""
+    total = _spent.get()
+    total += cost
 
 
 class Engines:
@@ -46,8 +56,8 @@ class Engines:
             await self._reasoners.start()
         else:
             await self._reasoners.broadcast("load", checkpoint)
-        self._reasoner_parameters = parameter_count(Path(checkpoint))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._reasoner_parameters = parameter_count(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
 
     async def load_verifier(self, checkpoint: str) -> None:
         """Load a verifier, and its calibration if it has one; the first call starts the scoring workers."""
@@ -56,9 +66,9 @@ class Engines:
             await self._verifiers.start()
         else:
             await self._verifiers.broadcast("load", checkpoint)
-        self._verifier_parameters = parameter_count(Path(checkpoint))
-        self.calibration = Calibration.load(Path(checkpoint))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._verifier_parameters = parameter_count(checkpoint)
+        self.calibration = Calibration.load(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
 
     async def reset_prefix_cache(self) -> None:
         """Forget every prompt the engines have seen."""
@@ -77,11 +87,13 @@ class Engines:
         """One completion by the reasoner."""
         completion = await self._pool().submit(request)
         computed = completion.prompt_tokens - completion.cached_tokens + completion.generated_tokens
-        self.cost += Cost(
-            prompt_tokens=completion.prompt_tokens,
-            cached_tokens=completion.cached_tokens,
-            generated_tokens=completion.generated_tokens,
-            flops=2.0 * self._reasoner_parameters * computed,
+        spend(
+            Cost(
+                prompt_tokens=completion.prompt_tokens,
+                cached_tokens=completion.cached_tokens,
+                generated_tokens=completion.generated_tokens,
+                flops=2.0 * self._reasoner_parameters * computed,
+            )
         )
         return completion
 
@@ -91,7 +103,7 @@ class Engines:
             raise RuntimeError(f"trajectory {trajectory.id} cannot be scored: no verifier is loaded")
         encoded = encode(self.tokenizer, self._task.prompt(trajectory.question), trajectory.steps)
         scores = await self._verifiers.submit(encoded)
-        self.cost += Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids))
+        spend(Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids)))
         return tuple(scores)
 
     def _pool(self) -> Pool[GenerateRequest, Completion]:
@@ -104,10 +116,21 @@ class Engines:
         self.cost, self._done, self._total = Cost(), 0, total
 
     async def stream(self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]) -> AsyncIterator[Result]:
-        """`ordered` over the items, `questions_in_flight` at a time, counted as progress."""
-        async with aclosing(ordered(items, work, self._config.ray.questions_in_flight)) as results:
-            async for result in results:
+        """`ordered` over the items, `questions_in_flight` at a time, counted as progress.
+
+        `cost` grows by what an item cost when it is yielded: so it is at any time that of the items done so far, and
+        what a restart does again is not counted twice.
+        """
+
+        async def metered(item: Item) -> tuple[Result, Cost]:
+            cost = Cost()
+            _spent.set(cost)
+            return await work(item), cost
+
+        async with aclosing(ordered(items, metered, self._config.ray.questions_in_flight)) as results:
+            async for result, cost in results:
                 self._done += 1
+                self.cost += cost
                 yield result
 
     def progress(self) -> dict[str, Any]:

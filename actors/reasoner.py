@@ -12,6 +12,7 @@ import ray
 from actors.child_log import ChildLog
 from actors.pool import Pool
 from actors.vllm_extension import WeightReload
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, thread_environment
 
@@ -31,9 +32,9 @@ class RolloutWorker:
 
         if self._engine is not None:
             return
-        log = ChildLog()
+        model, log = local_checkpoint(self._model), ChildLog()
         try:
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._config, self._model)))
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(self._config, model)))
         except Exception as error:
             raise SapoError(f"vLLM engine for {self._model} did not start: {log.cause(error)}") from None
 
@@ -50,9 +51,10 @@ class RolloutWorker:
 
     async def load(self, checkpoint: str) -> None:
         """Put the weights of `checkpoint` in place and forget cached prefixes. Call it while nothing is generated."""
-        if not Path(checkpoint, "config.json").is_file():
+        path = await asyncio.to_thread(local_checkpoint, checkpoint)
+        if not Path(path, "config.json").is_file():
             raise SapoError(f"no checkpoint to load at {checkpoint}: config.json is missing")
-        await self._engine.collective_rpc("load_checkpoint", args=(checkpoint,))
+        await self._engine.collective_rpc("load_checkpoint", args=(path,))
         self._model = checkpoint
         await self.reset_prefix_cache()
 

@@ -51,7 +51,7 @@ def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, ove
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
-        CoordinatorClient(settings, store.path, reporter) as coordinator,
+        CoordinatorClient(settings, store.location, reporter) as coordinator,
     ):
         coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
         results = {
