@@ -53,7 +53,8 @@ class Manifest:
 
     def files(self) -> dict[str, Files]:
         """Every finished stage with the files it wrote."""
-        return {stage: entry.get("files", {}) for stage, entry in self._entries.items()}
+        found = {stage: entry.get("files", {}) for stage, entry in self._entries.items()}
+        return {stage: files if isinstance(files, dict) else {} for stage, files in found.items()}
 
     def enter(self, stage: str, notes: Mapping[str, Any]) -> None:
         """Enter a finished stage: its notes, among them as `files` what it wrote."""
@@ -78,8 +79,8 @@ def _load(run: Folder) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise SapoError(f"{run.locate(MANIFEST)} is damaged: {error}; restore it from a copy") from error
-    assert isinstance(entries, dict)
-    return entries
+    # Any other shape is somebody else's file of that name, above data of a user's own.
+    return entries if isinstance(entries, dict) and all(isinstance(e, dict) for e in entries.values()) else {}
 
 
 def to_json(location: str, value: Mapping[str, Any], indent: int | None = None) -> str:
