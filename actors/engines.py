@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
 
+from actors import logs
 from actors.pool import ElasticPool, QuarantinedError
 from actors.reasoner import reasoner_pool
+from actors.telemetry import PUBLISH_SECONDS, Telemetry
 from actors.verifier import verifier_pool
 from sapo_ray.concurrency import ordered
 from sapo_ray.config import RunConfig
@@ -25,6 +29,8 @@ from sapo_ray.tasks import Task
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,24 @@ class Quarantine:
 class Engines:
     """Both pools, what the stage in progress has cost so far, how far it is, and what it had to leave out."""
 
-    def __init__(self, config: RunConfig, task: Task) -> None:
-        self._config, self._task = config, task
+    def __init__(self, config: RunConfig, task: Task, run: str) -> None:
+        """`run` is the run's name in logs and metrics."""
+        self._config, self._task, self._run = config, task, run
+        self._telemetry = Telemetry(run)
+        self._publishing: asyncio.Task[None] | None = None
         self._reasoners = reasoner_pool(config.engine, config.scaling)
         self._verifiers = verifier_pool(config.verifier, config.scaling)
         self.has_verifier = False
         self.calibration: Calibration | None = None
+        self.cost, self._published = Cost(), Cost()
         self.begin(0)
+
+    def enter(self, stage: str) -> None:
+        """What is logged from now on is logged for this stage. Publishing metrics starts with the first."""
+        logs.enter(self._run, stage)
+        for pool in self._pools:
+            pool.enter(self._run, stage)
+        self._publishing = self._publishing or asyncio.create_task(self._keep_publishing())
 
     async def load_reasoner(self, checkpoint: str) -> None:
         """Load a reasoner into every engine, in place; the first call starts the engines.
@@ -80,6 +97,8 @@ class Engines:
             await pool.resume()
 
     async def close(self) -> None:
+        if self._publishing is not None:
+            self._publishing.cancel()
         for pool in self._pools:
             await pool.close()
 
@@ -112,6 +131,9 @@ class Engines:
 
     def begin(self, total: int) -> None:
         """A stage of `total` items begins: its cost and progress start at nothing."""
+        logger.info("%d items to do", total)
+        self._publish()
+        self._published = Cost()
         self.cost, self.quarantined = Cost(), list[Quarantine]()
         self._asked: Counter[ElasticPool[Any, Any]] = Counter()
         self._done, self._begun, self._total = 0, 0, total
@@ -149,6 +171,17 @@ class Engines:
             "unplaced": {name: s.unplaced for name, s in stats.items() if s.unplaced},
             "events": [event for pool in self._pools for event in pool.events()],
         }
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            self._publish()
+            await asyncio.sleep(PUBLISH_SECONDS)
+
+    def _publish(self) -> None:
+        """Tell Ray's metrics what has happened since the last call."""
+        self._telemetry.spent(self.cost, self._published)
+        self._telemetry.pools(self._pools)
+        self._published = replace(self.cost)
 
     def _window(self) -> int:
         return self._config.ray.questions_in_flight * max(1, self._reasoners.stats().ready)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sapo_ray.sampler import original_trajectory
 from sapo_ray.store import RunDirectory, trajectory_row
 from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tracking import Tracking
 from sapo_ray.training import TrainConfig, TrainJob
 
 Notes = Mapping[str, Any]
@@ -42,6 +44,7 @@ class Run:
         self._notes: dict[str, Notes] = {}
         self._coordinator = CoordinatorClient(config, store.path, reporter)
         self._trainer: Trainer | None = None
+        self._tracking = Tracking(config, store, reporter.warn)
 
     def __enter__(self) -> Run:
         return self
@@ -50,6 +53,7 @@ class Run:
         if self._trainer and error is None:
             self._trainer.close()
         self._coordinator.__exit__(error)
+        self._tracking.close(finished=error is None)
 
     @property
     def base(self) -> Path:
@@ -144,10 +148,13 @@ class Run:
         """Do a stage unless the manifest has it; note what it says, its cost and its seconds."""
         notes = self._store.done(name)
         if notes is None:
+            self._tracking.open()
+            self._coordinator.stage = name
             self._reporter.begin(name)
             start = time.monotonic()
             notes = dict(work())
             notes["seconds"] = time.monotonic() - start
+            self._tracking.stage(name, notes)
             self._store.log({"stage": name, **notes})
             self._store.finish(name, notes)
             self._reporter.end(name, notes["seconds"], notes)
@@ -168,6 +175,8 @@ class Run:
             config=config,
             seed=self.config.seed,
             params=params,
+            run=self._store.name,
+            stage=stage,
         )
         self._stage(stage, lambda: self._run_job(stage, job))
 
@@ -179,7 +188,7 @@ class Run:
             keep = self.config.trainer.keep_workers and not in_turn
             workers = replace(self.config.trainer, keep_workers=keep)
             self._trainer = Trainer(workers, self._store.path / "train", name="train")
-        result = self._trainer.train(job, on_progress=self._reporter.update)
+        result = self._trainer.train(job, self._reporter.update, partial(self._tracking.updates, stage))
         for record in result.metrics:
             self._store.log({"stage": stage, **record})
         if result.too_long:

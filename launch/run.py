@@ -21,6 +21,7 @@ from sapo_ray.models import base_tokenizer
 from sapo_ray.store import RunDirectory, write_text
 from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tracking import check_installed
 
 
 @click.command()
@@ -55,6 +56,7 @@ def complete(config: str, overrides: Sequence[str]) -> RunDirectory:
     settings.run_dir = settings.run_dir or str(Path("runs", Path(config).stem))
     store = RunDirectory(settings.run_dir)
     _refuse_other_config(settings, store)
+    check_installed(settings)
     check_writable("run_dir", store.path)
     check_run_lengths(settings, Chain(settings.task), base_tokenizer(settings.model, VOCABULARY))
     with ray_session(settings):

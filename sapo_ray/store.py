@@ -51,6 +51,11 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
 
+    @property
+    def name(self) -> str:
+        """The run's name in logs, metrics and trackers."""
+        return self.path.name
+
     def create(self) -> None:
         """Make the directory. Raises OSError where it cannot be made or written."""
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
