@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 Sample = Any
 Scrape = Callable[[Iterable[str]], list[Sample]]
+LogLines = Callable[[str], list[str]]
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,15 @@ def scrape() -> Scrape:
             time.sleep(0.5)
 
     return samples
+
+
+@pytest.fixture(scope="session")
+def log_lines() -> LogLines:
+    """The lines that hold a word, of the log files that Ray keeps of its workers' errors."""
+
+    def lines(word: str) -> list[str]:
+        files = Path(ray._private.worker._global_node.get_logs_dir_path()).glob("worker-*.err")
+        texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+        return [line for text in texts for line in text.splitlines() if word in line]
+
+    return lines
