@@ -59,7 +59,7 @@ while not all(name in text for name in counters + gauges):
 print(text)
 """
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,7 @@ class Command:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_is_told_to_stop_stops_and_goes_on(tmp_path: Path) -> None:
     """In a training by SIGTERM, in a sampling stage by Ctrl-C twice; then the same command runs to its end."""

@@ -26,7 +26,7 @@ from sapo_ray.store import RunDirectory
 ROOT = Path(__file__).parents[2]
 TINY = "tests/configs/tiny.yaml"
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)
