@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import ray
@@ -25,7 +26,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors.worker import EngineDeadError, Place, log_tail
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
-from sapo_ray.scaling import Growth, Load, ScalingConfig, growth
+from sapo_ray.scaling import Growth, Load, ScalingConfig, growth, tried_together
 
 RATE_WINDOW = 60.0
 """Seconds over which the rate of a pool is taken."""
@@ -373,7 +374,7 @@ class ElasticPool(Generic[Request, Result]):
                 self._send(min(free, key=lambda worker: worker.requests), batch)
 
     def _dispatch_suspects(self) -> None:
-        """Give suspects to one worker that has nothing else; those that one more death would set aside go alone."""
+        """Give suspects to one worker that has nothing else."""
         ready = [worker for worker in self._workers if worker.ready]
         if self._suspects and self._isolated is None and ready:
             self._isolated = min(ready, key=lambda worker: worker.requests)
@@ -382,8 +383,8 @@ class ElasticPool(Generic[Request, Result]):
         if not self._suspects:
             self._isolated = None
             return
-        alone = self._suspects[0].kills >= self._scaling.max_kills - 1
-        size = 1 if alone else min(self._batch_size, len(self._suspects))
+        kills = (suspect.kills for suspect in islice(self._suspects, self._batch_size))
+        size = tried_together(kills, self._scaling.max_kills)
         self._send(self._isolated, [self._suspects.popleft() for _ in range(size)])
 
     def _free(self) -> list[_Worker]:

@@ -1,9 +1,11 @@
-"""How many workers a pool should have: decisions from what waits, how fast it is worked off, and who idles."""
+"""Decisions of a pool: how many workers it should have, and which suspects may be tried together."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 
 @dataclass(kw_only=True)
@@ -72,3 +74,11 @@ def growth(load: Load, least: int, most: int, grow_after: float) -> Growth | Non
     wanted = min(most, 2 * present, math.ceil(load.waiting / (load.rate * grow_after)))
     why = f"{load.waiting:.0f} requests would take {seconds:.0f} s at {load.rate:.3g} a second and worker"
     return Growth(wanted - present, why)
+
+
+def tried_together(kills: Iterable[int], max_kills: int) -> int:
+    """How many of the first suspects, over each of which so many workers died, go to one worker in one call.
+
+    Whoever would be set aside after one more death goes alone: that death must be held against nobody else.
+    """
+    return max(1, len(list(takewhile(lambda count: count < max_kills - 1, kills))))

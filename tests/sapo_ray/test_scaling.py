@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapo_ray.scaling import Growth, Load, ScalingConfig, growth
+from sapo_ray.scaling import Growth, Load, ScalingConfig, growth, tried_together
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,17 @@ def test_a_pool_stays_within_its_bounds_and_comes_to_rest(
 def test_impossible_values_are_refused(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{key} is {value}"):
         ScalingConfig(**{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kills", "expected"),
+    [
+        ([1, 1, 1, 1], 4),
+        ([1, 1, 2, 2], 2),  # not together with one that may be about to be set aside
+        ([2, 1, 1], 1),
+        ([2, 2], 1),
+    ],
+)
+def test_who_may_be_set_aside_next_is_tried_alone(kills: list[int], expected: int) -> None:
+    assert tried_together(kills, max_kills=3) == expected
+    assert tried_together(kills, max_kills=2) == 1
