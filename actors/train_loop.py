@@ -279,8 +279,11 @@ def load_model(job: TrainJob, head: Head) -> PreTrainedModel:
     if head == "token_classification":
         config.num_labels = 1
         config.classifier_dropout = 0.0
+    for key in [key for key, value in vars(config).items() if "drop" in key and value]:
+        setattr(config, key, 0.0)
     auto = {"causal_lm": AutoModelForCausalLM, "token_classification": AutoModelForTokenClassification}[head]
     model: PreTrainedModel = auto.from_pretrained(job.init, config=config, dtype=torch.float32)
+    model.train()  # checkpoints come in evaluation mode, in which transformers leaves gradient checkpointing out
     if job.config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

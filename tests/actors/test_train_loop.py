@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +191,28 @@ def test_bf16_trains_on_fp32_master_weights(home: Path, tmp_path: Path, stage: i
     assert (trained.model.norm.weight != 1).any()
     full = run(job(home, tmp_path / "fp32", **changes))
     assert losses(result) == pytest.approx(losses(full), abs=5e-3)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_checkpointing_is_at_work_where_it_is_on(home: Path, tmp_path: Path, on: bool) -> None:
+    from actors.train_loop import load_model
+
+    model = load_model(job(home, tmp_path / "out", gradient_checkpointing=on), "causal_lm")
+    passes = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: passes.append(1))
+    model(torch.tensor([[2, 3, 4]])).logits.sum().backward()
+    assert len(passes) == (2 if on else 1)  # again in the backward pass
+
+
+def test_a_model_with_dropout_trains_without_it(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import load_model
+
+    shutil.copytree(home / "init", tmp_path / "init")
+    config = json.loads((tmp_path / "init" / "config.json").read_text())
+    (tmp_path / "init" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    model = load_model(replace(job(home, tmp_path / "out"), init=str(tmp_path / "init")), "token_classification")
+    logits = [model(torch.tensor([[2, 3, 4, 5, 6, 7]])).logits for _ in range(2)]
+    assert torch.equal(*logits)
 
 
 def test_gradient_checkpointing_changes_nothing(home: Path, tmp_path: Path) -> None:
