@@ -44,14 +44,17 @@ class ORPO:
 
     def terms(self, model: nn.Module, batch: Batch) -> Terms:
         nll, row = response_nll(model, batch)
-        rows = len(batch.number)
-        total = nll.new_zeros(rows).index_add(0, row, nll)
-        mean_log_prob = -total / torch.bincount(row, minlength=rows)
+        log_prob = mean_log_probs(nll, row, len(batch.number))
         rejected = batch.number.nonzero()[:, 0]
         return {
-            "nll": total[batch.number == 0].sum(),
-            "odds_ratio": odds_ratio_loss(mean_log_prob[rejected - 1], mean_log_prob[rejected]).sum(),
+            "nll": nll[batch.number[row] == 0].sum(),
+            "odds_ratio": odds_ratio_loss(log_prob[rejected - 1], log_prob[rejected]).sum(),
         }
+
+
+def mean_log_probs(nll: Tensor, row: Tensor, rows: int) -> Tensor:
+    """The mean log-probability of each row's response tokens, fp32 [rows], from what `response_nll` gives."""
+    return -nll.new_zeros(rows).index_add(0, row, nll) / torch.bincount(row, minlength=rows)
 
 
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

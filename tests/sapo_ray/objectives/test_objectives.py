@@ -14,8 +14,8 @@ from trl.experimental.orpo import ORPOTrainer
 from sapo_ray.encoding import encode
 from sapo_ray.models import ModelConfig, character_tokenizer, save_random_reasoner
 from sapo_ray.objectives import make_objective
-from sapo_ray.objectives.base import IGNORE, Batch, Example, Objective, Row, collate
-from sapo_ray.objectives.orpo import ORPO, odds_ratio_loss
+from sapo_ray.objectives.base import IGNORE, Batch, Example, Objective, Row, collate, response_nll
+from sapo_ray.objectives.orpo import ORPO, mean_log_probs, odds_ratio_loss
 from sapo_ray.objectives.prm import PRM
 from sapo_ray.objectives.sft import SFT
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
@@ -110,9 +110,13 @@ def test_sft_learns_no_end_from_a_solution_that_was_cut_off(tokenizer: PreTraine
 def test_orpo_is_trl_s(reasoner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The odds-ratio term and the mean log-probabilities; the likelihood term is transformers'."""
     made = examples(ORPO(BETA), tokenizer, [pair(i) for i in range(8)])
-    terms = ORPO(BETA).terms(reasoner, collate(made, 0))
+    batch = collate(made, 0)
+    terms = ORPO(BETA).terms(reasoner, batch)
     trainer = trl_trainer()
     chosen, rejected, *_ = trainer.concatenated_forward(reasoner, trl_batch(made))
+    log_probs = mean_log_probs(*response_nll(reasoner, batch), rows=16)
+    torch.testing.assert_close(log_probs[0::2], chosen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_probs[1::2], rejected, atol=1e-5, rtol=0)
     oracle = trainer.odds_ratio_loss(chosen, rejected)[0]
     assert terms["odds_ratio"].item() * BETA == pytest.approx(-oracle.sum().item(), abs=1e-5)
     torch.testing.assert_close(odds_ratio_loss(chosen, rejected) * BETA, -oracle, atol=1e-6, rtol=0)
