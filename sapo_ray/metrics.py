@@ -7,12 +7,10 @@ to measure the figure is None, never NaN.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
-
-from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
 
 from sapo_ray.data import MASKED, LabelledTrajectory, Trajectory
 
@@ -21,6 +19,8 @@ def accuracy_interval(successes: int, n: int) -> list[float] | None:
     """The 95% Wilson interval of a success rate; None without trials."""
     if n == 0:
         return None
+    from scipy.stats import binomtest
+
     interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
     return [float(interval.low), float(interval.high)]
 
@@ -45,7 +45,11 @@ def first_zero(labels: Sequence[int]) -> int:
 
 def auroc(scores: Sequence[float], labels: Sequence[int]) -> float | None:
     """Area under the ROC curve of step scores against 0/1 labels; None unless both labels occur."""
-    return float(roc_auc_score(labels, scores)) if len(set(labels)) == 2 else None
+    if len(set(labels)) != 2:
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, scores))
 
 
 def brier(scores: Sequence[float], labels: Sequence[int]) -> float | None:
@@ -73,16 +77,20 @@ def label_accuracy(step_labels: Sequence[Sequence[int]], truth: Sequence[Sequenc
 def best_threshold(lowest_scores: Sequence[float], correct: Sequence[bool]) -> float:
     """The threshold on a trajectory's lowest step score that best tells right trajectories from wrong ones.
 
-    The two error rates count alike (balanced accuracy), as right and wrong trajectories are seldom equally many. 0.5
-    where one of the two kinds is missing.
+    The two error rates count alike (balanced accuracy), as right and wrong trajectories are seldom equally many. The
+    lowest of equally good thresholds; 0.5 where one of the two kinds is missing. Raises ValueError for a score that is
+    not a finite number.
     """
-    right = [score for score, is_right in zip(lowest_scores, correct, strict=True) if is_right]
-    wrong = [score for score, is_right in zip(lowest_scores, correct, strict=True) if not is_right]
+    if not all(map(math.isfinite, lowest_scores)):
+        raise ValueError("a trajectory's lowest step score is nan or infinite: the verifier's training has diverged")
+    right = sorted(score for score, is_right in zip(lowest_scores, correct, strict=True) if is_right)
+    wrong = sorted(score for score, is_right in zip(lowest_scores, correct, strict=True) if not is_right)
     if not right or not wrong:
         return 0.5
 
     def balanced(threshold: float) -> float:
-        return fmean(score >= threshold for score in right) + fmean(score < threshold for score in wrong)
+        accepted = len(right) - bisect_left(right, threshold)
+        return accepted / len(right) + bisect_left(wrong, threshold) / len(wrong)
 
     return max(sorted({*right, *wrong}), key=balanced)
 

@@ -135,17 +135,29 @@ def test_best_threshold_by_hand(lowest: list[float], correct: list[bool], expect
     assert best_threshold(lowest, correct) == expected
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.5, 0.8]), st.booleans()), max_size=9))
-def test_no_threshold_is_better_than_the_best(rows: list[tuple[float, bool]]) -> None:
-    chosen = best_threshold([score for score, _ in rows], [right for _, right in rows])
+SCORED = st.tuples(st.sampled_from([0.1, 0.3, 0.5, 0.8]) | st.floats(0, 1), st.booleans())
+
+
+@given(st.lists(SCORED, max_size=12).filter(lambda rows: len({right for _, right in rows}) == 2))
+def test_the_best_threshold_is_the_lowest_of_those_that_no_other_beats(rows: list[tuple[float, bool]]) -> None:
+    """Against a count of both kinds at every threshold that a score could be."""
     rights, wrongs = [s for s, right in rows if right], [s for s, right in rows if not right]
-    if not rights or not wrongs:
-        return
 
     def balanced(threshold: float) -> float:
-        return sum(s >= threshold for s in rights) / len(rights) + sum(s < threshold for s in wrongs) / len(wrongs)
+        return fmean(s >= threshold for s in rights) + fmean(s < threshold for s in wrongs)
 
-    assert balanced(chosen) >= max(map(balanced, [0.0, 0.2, 0.4, 0.6, 1.0]))
+    chosen = best_threshold([score for score, _ in rows], [right for _, right in rows])
+    thresholds = sorted(rights + wrongs)
+    best = max(map(balanced, thresholds))
+    assert chosen == next(t for t in thresholds if balanced(t) == best)
+    assert best >= max(map(balanced, [0.0, 0.2, 0.4, 0.6, 1.0]))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("correct", [True, False])
+def test_no_threshold_is_taken_from_scores_that_are_no_numbers(score: float, correct: bool) -> None:
+    with pytest.raises(ValueError, match="nan or infinite"):
+        best_threshold([0.5, score, 0.5], [True, correct, True])
 
 
 def test_self_verification_error_by_hand() -> None:
