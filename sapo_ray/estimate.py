@@ -61,11 +61,6 @@ class PrefixCheck:
         return int(self.successes > 0)
 
     @property
-    def discarded(self) -> tuple[int, ...]:
-        """Samples launched or finished that do not count; what they cost does."""
-        return tuple(sorted((self._launched | self._results.keys()) - set(self.kept)))
-
-    @property
     def _end(self) -> int:
         """One past the last sample that, by what is known so far, is needed."""
         successes = [sample for sample, success in self._results.items() if success and self._early_exit]
