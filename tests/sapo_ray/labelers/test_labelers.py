@@ -22,7 +22,6 @@ from sapo_ray.labelers import (
     is_labelled,
     label_correct,
     make_labeler,
-    start_score,
 )
 from sapo_ray.labelers.base import LabelerName
 
@@ -88,14 +87,6 @@ def test_a_score_that_is_no_number_names_the_trajectory(scores: list[float]) -> 
 def test_scores_must_match_the_steps() -> None:
     with pytest.raises(ValueError, match="trajectory q/0 has 3 steps but 2 scores"):
         next(labeler("saps", wrong(3), [0.9, 0.1]))
-
-
-def test_start_score_is_the_mean_over_right_first_steps() -> None:
-    assert start_score([0.8, 0.1, 0.6, 0.3], [1, 0, 1, MASKED]) == pytest.approx(0.7)
-    with pytest.raises(ValueError, match=r"set labeling\.start_score to a number"):
-        start_score([0.2], [0])
-    with pytest.raises(ValueError, match="diverged"):
-        start_score([math.nan, 0.5], [1, 1])
 
 
 # Verification and correction
@@ -280,11 +271,20 @@ def test_exactly_the_labels_that_the_checks_leave_open_are_masked(
     assert labels.step_labels == expected
 
 
-@given(count=st.integers(1, 9), data=st.data(), unproven=st.sampled_from(["keep", "mask"]))
-def test_saps_is_the_truth_where_detection_is_right(count: int, data: st.DataObject, unproven: str) -> None:
-    error = data.draw(st.integers(0, count - 1))
+@given(
+    scores=st.lists(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1), min_size=1, max_size=9),
+    answered=st.booleans(),
+    first=st.booleans(),
+    unproven=st.sampled_from(["keep", "mask"]),
+)
+def test_saps_is_the_truth_where_detection_is_right(
+    scores: list[float], answered: bool, first: bool, unproven: str
+) -> None:
+    """Whatever the scores, there is one truth that they detect: the one whose first error is theirs."""
+    error, count = first_error(scores, 0.9, allow_first_step=first), len(scores)
     truth = (1,) * error + (0,) * (count - error)
-    labels, _ = ask(labeler("saps", wrong(count), drop_at(error, count), unproven=unproven), truth)
+    trajectory = wrong(count, answered=answered)
+    labels, _ = ask(labeler("saps", trajectory, scores, unproven=unproven, allow_first_step=first), truth)
     assert labels == Labels(truth, "a", error)
 
 
