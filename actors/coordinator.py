@@ -40,7 +40,7 @@ from sapo_ray.labelers import (
 )
 from sapo_ray.metrics import best_threshold, self_verification_error
 from sapo_ray.models import Calibration
-from sapo_ray.pairs import make_pairs, share_unlike
+from sapo_ray.pairs import make_pairs, share_unlike, shuffled
 from sapo_ray.report import StreamReport
 from sapo_ray.sampler import Sampler, Solver, round_questions
 from sapo_ray.store import (
@@ -199,7 +199,9 @@ class Coordinator:
             means = {trajectory.id: fmean(scores) for trajectory, scores in scored}
             trajectories = [trajectory for trajectory, _ in scored]
         pairs = make_pairs(trajectories, means, self._config.pairs)
-        by_outcome = make_pairs(trajectories, None, self._config.pairs)
+        by_outcome = make_pairs(trajectories, None, replace(self._config.pairs, require_outcome=True))
+        dealt = shuffled(trajectories, means, self._config.seed) if means is not None else None
+        by_chance = make_pairs(trajectories, dealt, self._config.pairs)
         with closing(self._store.writer(round_number, "pairs")) as writer:
             writer.extend(pair_row(pair) for pair in pairs)
         return self._notes(
@@ -207,6 +209,7 @@ class Coordinator:
             pairs=sum(pair.rejected is not None for pair in pairs),
             unpaired=sum(pair.rejected is None for pair in pairs),
             share_unlike_outcome=share_unlike(pairs, by_outcome),
+            share_unlike_by_chance=share_unlike(by_chance, by_outcome),
         )
 
     async def evaluate(self, stage: str) -> dict[str, Any]:

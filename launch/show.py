@@ -80,6 +80,7 @@ _TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "pairs": ("pairs.pairs", "count"),
         "unpaired": ("pairs.unpaired", "count"),
         "unlike outcome %": ("pairs.share_unlike_outcome", "percent"),
+        "by chance %": ("pairs.share_unlike_by_chance", "percent"),
     },
     "Cost": {
         "labelled": ("cost.trajectories", "count"),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from random import Random
 
 from sapo_ray.data import PreferencePair, Trajectory
 
@@ -46,11 +47,20 @@ def make_pairs(
     """
     if scores is None and not config.require_outcome:
         raise ValueError("pairs.require_outcome is false, but without a verifier there is nothing else to pair by")
-    questions: dict[str, dict[str, Trajectory]] = {}
-    for trajectory in sorted(trajectories, key=lambda t: (t.question_id, t.id)):
-        if trajectory.steps and not trajectory.truncated:
-            questions.setdefault(trajectory.question_id, {}).setdefault("".join(trajectory.steps), trajectory)
-    return [pair for solutions in questions.values() for pair in _of_question(list(solutions.values()), scores, config)]
+    return [pair for solutions in _by_question(trajectories) for pair in _of_question(solutions, scores, config)]
+
+
+def shuffled(trajectories: Iterable[Trajectory], scores: Mapping[str, float], seed: int) -> dict[str, float]:
+    """The scores of the solutions that `make_pairs` pairs, dealt out anew within each question.
+
+    They say nothing of which solution is better, but are as far apart as the scores themselves: what pairs by them have
+    in common with others is chance. The same for every order of the input.
+    """
+    rng, dealt = Random(seed), dict[str, float]()
+    for solutions in _by_question(trajectories):
+        names = [solution.id for solution in solutions]
+        dealt |= zip(names, rng.sample([scores[name] for name in names], len(names)), strict=True)
+    return dealt
 
 
 def share_unlike(pairs: Sequence[PreferencePair], other: Sequence[PreferencePair]) -> float | None:
@@ -58,6 +68,15 @@ def share_unlike(pairs: Sequence[PreferencePair], other: Sequence[PreferencePair
     mine = {(pair.chosen_id, pair.rejected_id) for pair in pairs if pair.rejected_id is not None}
     theirs = {(pair.chosen_id, pair.rejected_id) for pair in other}
     return len(mine - theirs) / len(mine) if mine else None
+
+
+def _by_question(trajectories: Iterable[Trajectory]) -> list[list[Trajectory]]:
+    """The different whole solutions of each question, by question id and by their own."""
+    questions: dict[str, dict[str, Trajectory]] = {}
+    for trajectory in sorted(trajectories, key=lambda t: (t.question_id, t.id)):
+        if trajectory.steps and not trajectory.truncated:
+            questions.setdefault(trajectory.question_id, {}).setdefault("".join(trajectory.steps), trajectory)
+    return [list(solutions.values()) for solutions in questions.values()]
 
 
 def _of_question(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapo_ray.data import PreferencePair, Trajectory
-from sapo_ray.pairs import PairsConfig, make_pairs, share_unlike
+from sapo_ray.pairs import PairsConfig, make_pairs, share_unlike, shuffled
 
 
 def solution(name: str, *, correct: bool, text: str | None = None, question: str = "q") -> Trajectory:
@@ -172,3 +172,49 @@ def test_share_unlike_counts_pairs_only() -> None:
     other = [pair("a", "x"), pair("b", "x"), pair("c", "y"), pair("b", None)]
     assert share_unlike(mine, other) == 0.5
     assert share_unlike([pair("b", None)], other) is None
+
+
+def test_scores_that_tell_nothing_give_the_share_of_a_coin_by_hand() -> None:
+    """One right and two wrong solutions, one pair a question. Outcome alone pairs `r` with `w0`, the first by id; a
+    shuffle makes either wrong one the lower: half of the pairs are unlike. True scores are lowest at `w1`: all are."""
+    solutions, scores = list[Trajectory](), dict[str, float]()
+    for q in range(400):
+        for name, correct, score in (("r", True, 0.9), ("w0", False, 0.5), ("w1", False, 0.1)):
+            solutions.append(solution(f"{q}/{name}", correct=correct, question=f"q{q}"))
+            scores[f"{q}/{name}"] = score
+    settings = config(eta=-1.0, max_per_question=1)
+    by_outcome = make_pairs(solutions, None, settings)
+    assert share_unlike(make_pairs(solutions, scores, settings), by_outcome) == 1.0
+    by_chance = share_unlike(make_pairs(solutions, shuffled(solutions, scores, 0), settings), by_outcome)
+    assert by_chance == pytest.approx(0.5, abs=0.1)
+    assert by_chance == share_unlike(make_pairs(solutions, shuffled(solutions, scores, 0), settings), by_outcome)
+    assert shuffled(solutions, scores, 0) != shuffled(solutions, scores, 1)
+
+
+def test_the_margin_holds_for_shuffled_scores_too() -> None:
+    """A right and a wrong solution, 0.8 apart: a shuffle leaves the one pair there is, or turns it into none."""
+    solutions, scores = [RIGHT[0], WRONG[0]], {"r0": 0.9, "w0": 0.1}
+    found = {tuple(ids(make_pairs(solutions, shuffled(solutions, scores, seed), config()))) for seed in range(20)}
+    assert found == {(("r0", "w0"),), ()}
+
+
+@given(
+    drawn=st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1), st.booleans(), st.integers(0, 4)), max_size=14),
+    seed=st.integers(0, 99),
+)
+def test_a_shuffle_deals_out_each_questions_scores_among_its_solutions(
+    drawn: list[tuple[int, float, bool, int]], seed: int
+) -> None:
+    """Solutions that were cut off, and equal texts but for the first, take no part in it."""
+    solutions = [
+        replace(solution(f"s{i:02}", correct=True, question=f"q{q}", text=str(text)), truncated=cut)
+        for i, (q, _, cut, text) in enumerate(drawn)
+    ]
+    scores = {f"s{i:02}": score for i, (_, score, _, _) in enumerate(drawn)}
+    dealt = shuffled(solutions, scores, seed)
+    for q in ("q0", "q1", "q2"):
+        texts = {t.steps: t.id for t in reversed(solutions) if t.question_id == q and not t.truncated}
+        members = set(texts.values())
+        assert members == {name for name in dealt if any(t.id == name and t.question_id == q for t in solutions)}
+        assert Counter(dealt[name] for name in members) == Counter(scores[name] for name in members)
+    assert shuffled(random.Random(seed).sample(solutions, len(solutions)), scores, seed) == dealt
