@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
 from sapo_ray.audit import audit as audit_labels
+from sapo_ray.audit import audit_predictions
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
+from sapo_ray.data import LabelledTrajectory
 from sapo_ray.errors import SapoError
+from sapo_ray.labelers import fixed_start_score, make_labeler
+from sapo_ray.models import Calibration
 from sapo_ray.store import Kind, RunDirectory, labelled_of, rollout_of
 
 IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_id", "rollouts": "rollout_id"}
@@ -23,7 +27,8 @@ IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_i
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @click.pass_context
 def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
-    """Re-derive every label of RUN from its stored rollouts, and look for anything stored twice or missing.
+    """Re-derive every label of RUN from its stored rollouts, and every predicted first error from its scores; look for
+    anything stored twice or missing.
 
     Exits with 1 if something does not follow.
 
@@ -63,3 +68,18 @@ def audit_round(store: RunDirectory, config: RunConfig, number: int, checked: Co
         lost = [name for estimate in row.estimates for name in estimate.rollout_ids if name not in known]
         yield from (f"{row.trajectory.id}: its rollout {name} is not stored" for name in lost)
     yield from audit_labels(labelled, rollouts, config.labeling)
+    if number and labelled:
+        yield from _audit_predictions(store, config, number, labelled)
+
+
+def _audit_predictions(
+    store: RunDirectory, config: RunConfig, number: int, labelled: Sequence[LabelledTrajectory]
+) -> Iterator[str]:
+    """Do the predictions follow from the scores and the start score of V_{i-1}? Round 0 has none."""
+    verifier = store.checkpoint("verifier", number - 1)
+    calibration = Calibration.load(verifier)
+    if calibration is None and config.labeling.uses_scores and fixed_start_score(config.labeling) is None:
+        yield f"{verifier.name} has no calibration.json, without which no prediction can be derived again"
+        return
+    start = 1.0 if calibration is None or calibration.start_score is None else calibration.start_score
+    yield from audit_predictions(labelled, make_labeler(config.labeling, start, config.seed))

@@ -3,53 +3,123 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from sapo_ray.annotator import Annotation, distinct
 from sapo_ray.data import Estimate, LabelledTrajectory, Rollout
-from sapo_ray.labelers import Labeler, LabelingConfig, drive, expand, label_correct, omega, outcome, shepherd, verify
+from sapo_ray.estimate import PrefixCheck
+from sapo_ray.labelers import (
+    Labeler,
+    LabelingConfig,
+    MakeLabeler,
+    drive,
+    expand,
+    label_correct,
+    omega,
+    outcome,
+    shepherd,
+    verify,
+)
 
 
 def audit(labelled: Sequence[LabelledTrajectory], rollouts: Iterable[Rollout], config: LabelingConfig) -> Iterator[str]:
-    """One line for every row whose estimates or labels do not follow from the rollouts; none where all do."""
+    """One line for everything that does not follow from the rest, is missing or is too much; none where all is well.
+
+    Predicted first errors are taken as they are: `audit_predictions` looks at them.
+    """
     of_trajectory: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         of_trajectory[rollout.trajectory_id].append(rollout)
-    originals = [row for row in labelled if row.parent_id is None]
-    derived = {
-        row.trajectory.id: row.step_labels
-        for parent in originals
-        if config.expand
-        for row in expand(parent, of_trajectory[parent.trajectory.id])
-    }
-    for row in originals:
-        yield from _audit_sampled(row, of_trajectory[row.trajectory.id], config)
     for row in labelled:
-        if row.parent_id is not None and derived.get(row.trajectory.id) != row.step_labels:
-            yield f"{row.trajectory.id}: {row.step_labels} does not follow from its parent {row.parent_id}"
+        if row.parent_id is None:
+            yield from _audit_checks(row, of_trajectory[row.trajectory.id], config)
+            yield from _audit_labels(row, config)
+    yield from _audit_expanded(labelled, of_trajectory, config)
 
 
-def _audit_sampled(row: LabelledTrajectory, rollouts: Sequence[Rollout], config: LabelingConfig) -> Iterator[str]:
+def audit_predictions(labelled: Iterable[LabelledTrajectory], make_labeler: MakeLabeler) -> Iterator[str]:
+    """One line for every predicted first error that the labeler of these rows would not predict, scores and all."""
+    for row in labelled:
+        if row.parent_id is not None or row.trajectory.correct:
+            continue
+        try:
+            labels = drive(make_labeler(row.trajectory, row.scores), lambda steps: (0,) * len(steps))
+        except ValueError as error:
+            yield str(error)
+            continue
+        if labels.predicted_first_error != row.predicted_first_error:
+            yield (
+                f"{row.trajectory.id}: the predicted first error is {row.predicted_first_error}, "
+                f"not {labels.predicted_first_error}"
+            )
+
+
+def _audit_checks(row: LabelledTrajectory, rollouts: Sequence[Rollout], config: LabelingConfig) -> Iterator[str]:
+    """Do the estimates, and which rollouts are kept, follow from what each rollout reached?"""
     for estimate in row.estimates:
-        if estimate != _estimate(estimate.step, rollouts):
+        of_check = [rollout for rollout in rollouts if rollout.branch_step == estimate.step]
+        if estimate != _estimate(estimate.step, of_check, config):
             yield f"{row.trajectory.id}: the estimate of step {estimate.step} does not follow from its rollouts"
-    values = {estimate.step: estimate.value for estimate in row.estimates}
+        for rollout in of_check:
+            if rollout.kept != (rollout.id in estimate.rollout_ids):
+                yield f"{rollout.id}: it is {'' if rollout.kept else 'not '}kept, against its estimate"
+    checked = {estimate.step for estimate in row.estimates}
+    yield from (
+        f"{rollout.id}: no estimate is made of it" for rollout in rollouts if rollout.branch_step not in checked
+    )
+
+
+def _estimate(step: int, rollouts: Sequence[Rollout], config: LabelingConfig) -> Estimate | None:
+    """What a check makes of its rollouts; None where they are no check's or leave it undecided."""
+    check = PrefixCheck(config.rollouts, config.rollouts_in_flight, config.early_exit)
+    names = {rollout.sample: rollout.id for rollout in rollouts}
     try:
-        labels = drive(_labeler(row, config), lambda steps: tuple(values[step] for step in steps))
+        for rollout in rollouts:
+            check.record(rollout.sample, rollout.correct)
+        kept = check.kept
+    except (ValueError, RuntimeError):
+        return None
+    return Estimate(step, check.value, check.successes, len(kept), tuple(names[sample] for sample in kept))
+
+
+def _audit_labels(row: LabelledTrajectory, config: LabelingConfig) -> Iterator[str]:
+    """Do the labels follow from the estimates, and are these the ones that the labeler asks for?"""
+    values, asked = {estimate.step: estimate.value for estimate in row.estimates}, list[int]()
+
+    def check(steps: tuple[int, ...]) -> tuple[int, ...]:
+        asked.extend(steps)
+        return tuple(values[step] for step in steps)
+
+    try:
+        labels = drive(_labeler(row, config), check)
     except KeyError as missing:
         yield f"{row.trajectory.id}: the check of step {missing} is missing"
         return
+    if (stored := [estimate.step for estimate in row.estimates]) != asked:
+        yield f"{row.trajectory.id}: the steps {stored} are checked, but its labeler asks for {asked}"
     if labels.step_labels != row.step_labels or labels.case != row.case:
         yield f"{row.trajectory.id}: {row.step_labels} (case {row.case}) does not follow from its estimates"
 
 
-def _estimate(step: int, rollouts: Sequence[Rollout]) -> Estimate:
-    kept = sorted((r for r in rollouts if r.branch_step == step and r.kept), key=lambda r: r.sample)
-    successes = sum(r.correct for r in kept)
-    return Estimate(step, int(successes > 0), successes, len(kept), tuple(r.id for r in kept))
+def _audit_expanded(
+    labelled: Sequence[LabelledTrajectory], rollouts: Mapping[str, Sequence[Rollout]], config: LabelingConfig
+) -> Iterator[str]:
+    """Are the expanded rows those, and all those, that expansion makes, repeated ones left out?"""
+    annotations = [
+        Annotation([row, *(expand(row, rollouts[row.trajectory.id]) if config.expand else [])])
+        for row in labelled
+        if row.parent_id is None
+    ]
+    derived = {row.trajectory.id: row for row in distinct(annotations) if row.parent_id is not None}
+    stored = {row.trajectory.id: row for row in labelled if row.parent_id is not None}
+    for name, row in stored.items():
+        if derived.get(name) != row:
+            yield f"{name}: the row does not follow from its parent {row.parent_id}"
+    yield from (f"{name}: the row that expansion makes is missing" for name in derived if name not in stored)
 
 
 def _labeler(row: LabelledTrajectory, config: LabelingConfig) -> Labeler:
-    """The labeler of a row, its prediction taken as it was: that a prediction follows from scores is not at issue."""
+    """The labeler of a row, its prediction taken as it was."""
     if row.trajectory.correct:
         return _known(row)
     if row.predicted_first_error is not None:

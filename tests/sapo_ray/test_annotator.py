@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapo_ray.annotator import Annotation, Annotator, distinct
-from sapo_ray.audit import audit
+from sapo_ray.audit import audit, audit_predictions
 from sapo_ray.data import LabelledTrajectory, Question, Trajectory, seed_of
 from sapo_ray.labelers import LabelingConfig, drive, label_correct, make_labeler
 from sapo_ray.labelers.base import LabelerName
@@ -121,8 +122,9 @@ def test_labels_and_kept_rollouts_do_not_depend_on_the_order_of_arrival(
     assert {r.sample for r in everything.rollouts} == (set(range(ROLLOUTS)) if everything.rollouts else set())
     assert all(r.kept for r in everything.rollouts)
     assert one.checks == len(one.labelled[0].estimates)
-    for annotation in (one, everything):
-        assert list(audit(annotation.labelled, annotation.rollouts, config)) == []
+    for annotation, early_exit in ((one, True), (everything, False)):
+        assert list(audit(annotation.labelled, annotation.rollouts, replace(config, early_exit=early_exit))) == []
+        assert list(audit_predictions(annotation.labelled, make_labeler(config, 0.9, seed=1))) == []
     ids = tuple(request.id for request in reasoner.requests)
     assert len(set(ids)) == len(ids) == len(one.rollouts)
     assert all(request.seed == seed_of(5, request.id) for request in reasoner.requests)
