@@ -64,7 +64,7 @@ def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, ove
 
 def _compare(
     coordinator: CoordinatorClient, settings: RunConfig, length: int, count: int, early_exit: bool
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """The figures of every labeler on `count` wrong trajectories of `length` steps."""
     task = Chain(_task_of_length(settings, length, count))
     items = _wrong_trajectories(coordinator, task, length, count)
@@ -121,16 +121,14 @@ def _wrong_trajectories(coordinator: CoordinatorClient, task: Chain, length: int
 
 def _quality(task: Chain, annotated: Sequence[tuple[Item, Annotation]]) -> dict[str, float | None]:
     """Label accuracy against the oracle, and the share of successes from prefixes that it calls unreachable."""
-    truth = [true_labels(task, question, trajectory) for (question, trajectory), _ in annotated]
-    labels = [annotation.labelled[0] for _, annotation in annotated]
-    impossible = [
-        not true[estimate.step]
-        for row, true in zip(labels, truth, strict=True)
-        for estimate in row.estimates
-        if estimate.value
+    rows = [
+        (annotation.labelled[0], truth)
+        for (question, trajectory), annotation in annotated
+        if (truth := true_labels(task, question, trajectory)) is not None
     ]
+    impossible = [not truth[estimate.step] for row, truth in rows for estimate in row.estimates if estimate.value]
     return {
-        "label_accuracy": label_accuracy([row.step_labels for row in labels], truth),
+        "label_accuracy": label_accuracy([row.step_labels for row, _ in rows], [truth for _, truth in rows]),
         "false_successes": fmean(impossible) if impossible else None,
     }
 
@@ -141,7 +139,7 @@ def _costs(cost: dict[str, Any], seconds: float, count: int) -> dict[str, float]
     return {**figures, "seconds": seconds / count}
 
 
-def _print(results: dict[str, dict[str, dict[str, float]]]) -> None:
+def _print(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     for length, labelers in results.items():
         table = Table(title=f"{length} steps, per wrong trajectory (n = {labelers['saps']['n']})", title_justify="left")
         columns = ("checks", "rollouts", "generated_tokens", "flops", "seconds", "label_accuracy", "false_successes")
@@ -153,7 +151,7 @@ def _print(results: dict[str, dict[str, dict[str, float]]]) -> None:
         Console().print(table)
 
 
-def _ratios(figures: dict[str, float], labelers: dict[str, dict[str, float]]) -> list[str]:
+def _ratios(figures: dict[str, Any], labelers: dict[str, dict[str, Any]]) -> list[str]:
     shepherd, omega = labelers["shepherd"], labelers["omega"]
     return [
         f"{figures['generated_tokens'] / shepherd['generated_tokens']:.2f}",

@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -49,8 +50,9 @@ class BareVLLM:
         from vllm.inputs import tokens_input
 
         start = time.perf_counter()
+        prompts: list[Any] = [tokens_input(list(request.prompt_ids)) for request in requests]
         outputs = self._llm.generate(
-            [tokens_input(list(request.prompt_ids)) for request in requests],
+            prompts,
             [sampling_params(request.sampling, request.seed) for request in requests],
             use_tqdm=False,
         )
@@ -62,8 +64,8 @@ class Transformers:
 
     def __init__(self, config: EngineConfig, model: str) -> None:
         self._batch_size = config.max_num_seqs
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
-        self._model.to("cuda" if config.gpus_per_worker else "cpu")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        self._model: Any = nn.Module.to(loaded, "cuda" if config.gpus_per_worker else "cpu")
 
     def generate(self, requests: list[GenerateRequest]) -> tuple[int, float]:
         """Tokens made, and the seconds they took."""
@@ -109,7 +111,8 @@ class Remote:
     """A contender in a process of its own, with the environment of a rollout worker."""
 
     def __init__(self, kind: type, config: EngineConfig, model: str, variables: dict[str, str]) -> None:
-        actor = ray.remote(num_cpus=0, num_gpus=config.gpus_per_worker, runtime_env={"env_vars": variables})(kind)
+        place = ray.remote(num_cpus=0, num_gpus=config.gpus_per_worker, runtime_env={"env_vars": variables})
+        actor: Any = place(kind)
         self._actor = actor.remote(config, model)
 
     def generate(self, requests: list[GenerateRequest]) -> tuple[int, float]:
@@ -140,7 +143,7 @@ def draw(args: argparse.Namespace, turn: int, vocabulary: int) -> list[GenerateR
 
 
 def compare(args: argparse.Namespace, model: str) -> dict[str, float]:
-    """Measure, print a table, and return the two ratios: medians over the turns of the ratio within a turn."""
+    """Measure, print a table, and return the two ratios."""
     config = EngineConfig(
         cpus_per_worker=args.threads,
         gpus_per_worker=args.gpus,
@@ -160,6 +163,11 @@ def compare(args: argparse.Namespace, model: str) -> dict[str, float]:
     for name, values in rates.items():
         turns = " ".join(f"{value:,.0f}" for value in values)
         print(f"{name:<18} {statistics.median(values):>9,.0f} tokens/s   turns: {turns}")
+    return ratios(rates)
+
+
+def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Pool over vLLM, and vLLM over transformers: the medians over the turns of the ratio within a turn."""
     pool, vllm, transformers = rates.values()
     return {
         "pool_over_vllm": round(statistics.median(a / b for a, b in zip(pool, vllm, strict=True)), 3),
