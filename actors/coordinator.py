@@ -232,12 +232,12 @@ class Coordinator:
         )
 
     async def evaluate_labels(self, labelled: Sequence[LabelledTrajectory]) -> dict[str, Any]:
-        """The loaded verifier's scores against given step labels; masked steps are left out."""
+        """The loaded verifier's scores against given step labels."""
         self._engines.begin(len(labelled))
         stream = self._engines.stream(labelled, lambda row: self._engines.score(row.trajectory))
-        scored = [(scores, row.step_labels) async for row, scores in stream]
-        report = step_report([scores for scores, _ in scored], [labels for _, labels in scored], self._threshold())
-        return self._notes(verifier=report)
+        scored = [(row.trajectory, row.step_labels, scores) async for row, scores in stream]
+        allow_first_step = self._config.labeling.allow_first_step
+        return self._notes(verifier=step_report(scored, self._start_score(), self._threshold(), allow_first_step))
 
     async def _evaluate_verifier(self, answered: Sequence[Sampled]) -> dict[str, Any]:
         questions = {sample.id: a.question for a in answered for sample in a.samples}

@@ -150,9 +150,7 @@ class Run:
             notes["seconds"] = time.monotonic() - start
             self._store.log({"stage": name, **notes})
             self._store.finish(name, notes)
-            self._reporter.end(name, notes["seconds"], notes)
-            for item in notes.get("quarantined", ()):
-                self._reporter.warn(f"{name}: question {item['question_id']} is left out: {item['cause']}")
+            self._reporter.end(notes)
         self._notes[name] = notes
         return notes
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 
 from launch.run import complete
+from launch.tables import table_console
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 
@@ -86,7 +86,7 @@ def _print(seeds: list[int], results: list[dict[str, dict[str, Any]]], pooled: d
     table = Table("seed", "SFT", "SAPO", "SFT, as many tokens", "right samples only")
     for seed, arms in zip(seeds, results, strict=True):
         table.add_row(str(seed), *(f"{100 * arms[name]['accuracy']:.1f}" for name in ("start", "sapo", "sft", "rft")))
-    console = Console()
+    console = table_console()
     console.print(table)
     for name, difference in pooled.items():
         low, high = (100 * bound for bound in difference["ci95"])

@@ -18,13 +18,13 @@ from statistics import fmean
 from typing import Any, get_args
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from actors.client import CoordinatorClient
 from launch.progress import ConsoleReporter
 from launch.run import complete
 from launch.session import ray_session
+from launch.tables import table_console
 from sapo_ray.annotator import Annotation
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
@@ -32,6 +32,7 @@ from sapo_ray.data import Question, Trajectory
 from sapo_ray.evaluator import true_labels
 from sapo_ray.labelers.base import LabelerName
 from sapo_ray.metrics import label_accuracy
+from sapo_ray.progress import Reporter
 from sapo_ray.tasks import Chain
 
 CONFIG = Path(__file__).parents[1] / "configs" / "labeling.yaml"
@@ -55,7 +56,8 @@ def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, ove
     ):
         coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
         results = {
-            str(length): _compare(coordinator, settings, length, trajectories, not no_early_exit) for length in LENGTHS
+            str(length): _compare(coordinator, reporter, settings, length, trajectories, not no_early_exit)
+            for length in LENGTHS
         }
     _print(results)
     if as_json:
@@ -63,21 +65,24 @@ def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, ove
 
 
 def _compare(
-    coordinator: CoordinatorClient, settings: RunConfig, length: int, count: int, early_exit: bool
+    coordinator: CoordinatorClient, reporter: Reporter, settings: RunConfig, length: int, count: int, early_exit: bool
 ) -> dict[str, dict[str, Any]]:
     """The figures of every labeler on `count` wrong trajectories of `length` steps."""
     task = Chain(_task_of_length(settings, length, count))
-    items = _wrong_trajectories(coordinator, task, length, count)
+    items = _wrong_trajectories(coordinator, reporter, task, length, count)
     results = {}
     for labeler in get_args(LabelerName):
         labeling = replace(settings.labeling, labeler=labeler, early_exit=early_exit, unproven="keep", expand=False)
+        reporter.begin(f"{length} steps: {labeler}")
         coordinator.call("reset_prefix_cache")
         start = time.monotonic()
         annotated, notes = coordinator.call("label", items, labeling, f"length-{length}")
+        seconds = time.monotonic() - start
+        reporter.end(notes)
         results[labeler] = {
             **_quality(task, annotated),
-            **_costs(notes["cost"], time.monotonic() - start, len(items)),
-            "n": len(items),
+            **_costs(notes["cost"], seconds, len(annotated)),
+            "n": len(annotated),
         }
     return results
 
@@ -99,13 +104,17 @@ def _task_of_length(settings: RunConfig, length: int, count: int) -> Any:
     )
 
 
-def _wrong_trajectories(coordinator: CoordinatorClient, task: Chain, length: int, count: int) -> list[Item]:
+def _wrong_trajectories(
+    coordinator: CoordinatorClient, reporter: Reporter, task: Chain, length: int, count: int
+) -> list[Item]:
     """The first `count` sampled trajectories that answer and miss, right ones left out."""
     wrong: list[Item] = []
     pool = task.questions("pool")
     for start in range(0, len(pool), count):
         questions = pool[start : start + count]
+        reporter.begin(f"{length} steps: sample")
         sampled = coordinator.call("sample", questions, f"length-{length}")
+        reporter.end({})
         wrong += [
             (question, trajectory)
             for question, trajectories in sampled
@@ -148,7 +157,7 @@ def _print(results: dict[str, dict[str, dict[str, Any]]]) -> None:
         for name, figures in labelers.items():
             cells = ["–" if figures[c] is None else f"{figures[c]:.4g}" for c in columns]
             table.add_row(name, *cells, *_ratios(figures, labelers))
-        Console().print(table)
+        table_console().print(table)
 
 
 def _ratios(figures: dict[str, Any], labelers: dict[str, dict[str, Any]]) -> list[str]:

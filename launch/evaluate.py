@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from launch.checks import Checkpoint
 from launch.progress import ConsoleReporter
 from launch.records import read_records
 from launch.session import ray_session
+from launch.tables import table_console
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_engine_length
+from sapo_ray.models import Calibration
 from sapo_ray.store import labelled_of
 from sapo_ray.tasks import Chain
 
@@ -47,13 +47,15 @@ def evaluate(
       sapo evaluate configs/local.yaml --reasoner runs/local/checkpoints/reasoner-2 evaluation.samples=8
       sapo evaluate configs/local.yaml --verifier runs/local/checkpoints/verifier-2 --labels runs/local/round-2/labels
     """
-    from actors.client import CoordinatorClient
-
     if labels and (reasoner or not verifier):
         raise SapoError("--labels goes with --verifier alone")
     if not labels and not reasoner:
         raise SapoError("name a --reasoner, or a --verifier with --labels")
     settings = load_config(RunConfig, config, overrides)
+    from transformers import AutoTokenizer
+
+    from actors.client import CoordinatorClient
+
     if reasoner:
         check_engine_length(settings, Chain(settings.task), AutoTokenizer.from_pretrained(reasoner))
     labelled = read_records(Path(labels), _labelled, "labelled trajectory") if labels else None
@@ -63,13 +65,18 @@ def evaluate(
         ConsoleReporter() as reporter,
         CoordinatorClient(settings, Path.cwd(), reporter) as coordinator,
     ):
+        if verifier and Calibration.load(Path(verifier)) is None:
+            reporter.warn(f"{verifier} has no calibration.json: its threshold is taken as 0.5, its start score as 1")
         coordinator.use(reasoner=reasoner, verifier=verifier)
+        reporter.begin("evaluate")
         notes = coordinator.call(*arguments)
+        reporter.end(notes)
     figures = {key: notes[key] for key in ("test", "ood", "verifier", "cost") if notes.get(key)}
+    quarantined = len(notes.get("quarantined", ()))
     if as_json:
-        click.echo(json.dumps(figures))
+        click.echo(json.dumps({**figures, "quarantined": quarantined}))
     else:
-        _print(figures)
+        _print({**figures, "left out": {"quarantined": quarantined}})
 
 
 def _labelled(row: Mapping[str, Any]) -> LabelledTrajectory:
@@ -87,4 +94,4 @@ def _print(figures: Mapping[str, Mapping[str, Any]]) -> None:
     for part, values in figures.items():
         for name, value in values.items():
             table.add_row(part, name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    table_console().print(table)

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from transformers import AutoTokenizer
 
-from actors.client import CoordinatorClient
 from launch.checks import Checkpoint, check_writable
 from launch.job import check_outlives_job, job_environment
 from launch.progress import ConsoleReporter
 from launch.records import read_records
 from launch.session import ray_session
-from sapo_ray.annotator import distinct
+from sapo_ray.annotator import Annotation, distinct
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import Question, Trajectory
 from sapo_ray.errors import SapoError
-from sapo_ray.labelers import LabelingConfig, fixed_start_score
+from sapo_ray.labelers import fixed_start_score, is_labelled
 from sapo_ray.limits import check_engine_length
 from sapo_ray.models import Calibration
 from sapo_ray.store import RunDirectory, label_row, rollout_row, trajectory_of
@@ -50,6 +48,9 @@ def label(
 ) -> None:
     """Label the steps of TRAJECTORIES (a Parquet file or directory) as CONFIG's `labeling` section says.
 
+    Leaves out what it leaves out of a run's samples: `truncated`, `fraction` and `right_fraction`. Writes labels and
+    rollouts to the data sets OUT/round-0/labels and OUT/round-0/rollouts.
+
     \b
     Example:
       sapo label configs/local.yaml runs/local/round-1/trajectories --reasoner runs/local/checkpoints/reasoner-0 \\
@@ -63,15 +64,33 @@ def label(
         raise SapoError(f"--out {out} exists already; name a new directory")
     check_writable("--out", Path(out))
     task = Chain(settings.task)
+    from transformers import AutoTokenizer
+
+    from actors.client import CoordinatorClient
+
     check_engine_length(settings, task, AutoTokenizer.from_pretrained(reasoner))
     items = read_trajectories(task, Path(trajectories))
+    chosen = [item for item in items if is_labelled(item[1], settings.labeling, settings.seed)]
+    if not chosen:
+        raise SapoError(
+            f"{trajectories}: labeling.truncated, fraction and right_fraction leave none of {len(items)} rows"
+        )
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
         CoordinatorClient(settings, Path(out), reporter) as coordinator,
     ):
         coordinator.use(reasoner=reasoner, verifier=verifier)
-        figures = write_labels(coordinator, items, settings.labeling, RunDirectory(out))
+        reporter.begin("label")
+        annotated, notes = coordinator.call("label", chosen, settings.labeling, "label")
+        reporter.end(notes)
+    figures = {
+        "trajectories": len(annotated),
+        "left_out": len(items) - len(chosen),
+        "quarantined": len(notes.get("quarantined", ())),
+        "labels": write_labels(RunDirectory(out), [annotation for _, annotation in annotated]),
+        **notes["cost"],
+    }
     click.echo(json.dumps(figures) if as_json else "\n".join(f"{k}: {v:,}" for k, v in figures.items()))
 
 
@@ -91,16 +110,12 @@ def read_trajectories(task: Task, path: Path) -> list[Item]:
     return read_records(path, item, "trajectory")
 
 
-def write_labels(
-    coordinator: CoordinatorClient, items: Sequence[Item], labeling: LabelingConfig, store: RunDirectory
-) -> dict[str, Any]:
-    """Label trajectories with the coordinator's models, write labels and rollouts; what they came to and cost."""
-    annotated, notes = coordinator.call("label", items, labeling, "label")
-    annotations = [annotation for _, annotation in annotated]
+def write_labels(store: RunDirectory, annotations: Sequence[Annotation]) -> int:
+    """Write labels and rollouts; the number of labelled rows."""
     with closing(store.writer(0, "labels")) as labels, closing(store.writer(0, "rollouts")) as rollouts:
         labels.extend(map(label_row, distinct(annotations)))
         rollouts.extend(rollout_row(r) for a in annotations for r in a.rollouts)
-    return {"trajectories": len(annotations), "labels": labels.rows, **notes["cost"]}
+    return labels.rows
 
 
 def _require_scores(settings: RunConfig, verifier: str | None) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
-
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
@@ -33,6 +31,8 @@ class Demand:
 
 def offered_nodes() -> list[Nodes]:
     """What the connected cluster has, and what its autoscaler says it may add."""
+    import ray
+
     cluster = ray._private.state.state.get_cluster_config()
     groups = {group.name: group for group in cluster.node_group_configs} if cluster else {}
     up = [

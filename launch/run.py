@@ -49,9 +49,6 @@ def complete(config: str, overrides: Sequence[str]) -> RunDirectory:
 
     Raises SapoError, before anything is written or started, for what cannot be run.
     """
-    from actors.run import Run
-    from actors.sapo import sapo
-
     settings = load_config(RunConfig, config, overrides)
     if job_environment() is not None:
         check_outlives_job("run_dir", settings.run_dir)
@@ -60,6 +57,9 @@ def complete(config: str, overrides: Sequence[str]) -> RunDirectory:
     _refuse_other_config(settings, store)
     check_writable("run_dir", store.path)
     check_run_lengths(settings, Chain(settings.task), base_tokenizer(settings.model, VOCABULARY))
+    from actors.run import Run
+    from actors.sapo import sapo
+
     with ray_session(settings):
         store.create()
         write_text(store.path / "config.yaml", to_yaml(settings))

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
-
 from launch.job import job_environment
 from launch.resources import Nodes, check_fits, offered_nodes
 from launch.signals import postponed
@@ -24,6 +22,8 @@ _PROJECT = Path(__file__).parents[1]
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
     """A connection to Ray. Raises SapoError where the cluster is away, or too small for what the config reserves."""
+    import ray
+
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_answers(address)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from launch.tables import table_console
 from sapo_ray.errors import SapoError
 from sapo_ray.store import RunDirectory
 
@@ -42,7 +41,7 @@ def show(run_directory: str, as_json: bool) -> None:
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print accuracy, verifier and cost by round to standard output."""
-    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+    console = table_console()
     for title, columns in _TABLES.items():
         table = Table(title=title, title_justify="left")
         table.add_column("round", justify="right")
@@ -54,10 +53,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         console.print(table)
     for entry in summary["rounds"]:
         for sign in entry["warnings"]:
-            console.print(f"warning: round {entry['round']}: {sign}")
+            click.echo(f"warning: round {entry['round']}: {sign}")
 
-
-_PIPED_WIDTH = 160
 
 _TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "Reasoner": {

@@ -1,4 +1,8 @@
-"""The schema of a run's configuration: every key, with its meaning under it."""
+"""The schema of a run's configuration: every key, with its meaning under it.
+
+Every command reads it, so the modules it takes the keys from import torch, transformers and scipy where they work with
+them, as `launch` does with ray: `--help` and a mistake in a config are answered at once.
+"""
 
 from __future__ import annotations
 

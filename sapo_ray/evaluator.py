@@ -106,20 +106,36 @@ def split_validation(trajectories: Sequence[Trajectory], most: int) -> tuple[lis
 
 
 def step_report(
-    scores: Sequence[Sequence[float]], labels: Sequence[Sequence[int]], threshold: float
-) -> dict[str, float | None]:
-    """Step scores against step labels, all trajectories' steps alike; masked steps are left out."""
-    steps = [
-        (score, label)
-        for row_scores, row_labels in zip(scores, labels, strict=True)
-        for score, label in zip(row_scores, row_labels, strict=True)
-        if label != MASKED
-    ]
+    scored: Sequence[tuple[Trajectory, Sequence[int], Sequence[float]]],
+    start_score: float | None,
+    threshold: float,
+    allow_first_step: bool,
+) -> dict[str, Any]:
+    """A verifier's scores against step labels, all trajectories' steps alike; masked steps are left out.
+
+    The hit rate is over wrong trajectories with a first error, which no masked step may precede: how often argmax of
+    the drop is that step, beside the rate of a uniform guess among the same candidates. Without a start score (no right
+    first step was seen in training) it is taken as 1.
+    """
+    steps = [(score, label) for _, *row in scored for label, score in zip(*row, strict=True) if label != MASKED]
     flat_scores, flat_labels = [score for score, _ in steps], [label for _, label in steps]
+    start = 1.0 if start_score is None else start_score
+    hits: list[float] = []
+    guesses: list[float] = []
+    for trajectory, labels, scores in scored:
+        error = first_zero(labels)
+        if not trajectory.correct and error < len(labels) and MASKED not in labels[:error]:
+            hits.append(float(first_error(scores, start, allow_first_step) == error))
+            choices = candidates(len(labels), allow_first_step)
+            guesses.append((error in choices) / len(choices))
     return {
         "step_accuracy": step_accuracy(flat_scores, flat_labels, threshold),
+        "threshold": threshold,
         "auroc": auroc(flat_scores, flat_labels),
         "brier": brier(flat_scores, flat_labels),
+        "first_error_hit_rate": fmean(hits) if hits else None,
+        "random_hit_rate": fmean(guesses) if guesses else None,
+        "wrong_trajectories": len(hits),
     }
 
 
@@ -143,34 +159,10 @@ def verifier_report(
     threshold: float,
     allow_first_step: bool,
 ) -> dict[str, Any]:
-    """A verifier's scores against the task's `reachable` oracle; all None where the task has none.
-
-    The hit rate is over wrong trajectories with a first error: how often argmax of the drop is that step, beside the
-    rate of a uniform guess among the same candidates. Without a start score (no right first step was seen in training)
-    it is taken as 1.
-    """
-    scores: list[Sequence[float]] = []
-    truth: list[Sequence[int]] = []
-    hits: list[float] = []
-    guesses: list[float] = []
-    start = 1.0 if start_score is None else start_score
-    for question, trajectory, steps in scored:
-        labels = true_labels(task, question, trajectory)
-        if labels is None:
-            break
-        scores.append(steps)
-        truth.append(labels)
-        error = first_zero(labels)
-        if not trajectory.correct and error < len(steps):
-            hits.append(float(first_error(steps, start, allow_first_step) == error))
-            choices = candidates(len(steps), allow_first_step)
-            guesses.append((error in choices) / len(choices))
-    return {
-        **step_report(scores, truth, threshold),
-        "first_error_hit_rate": fmean(hits) if hits else None,
-        "random_hit_rate": fmean(guesses) if guesses else None,
-        "wrong_trajectories": len(hits),
-    }
+    """A verifier's scores against the task's `reachable` oracle (`step_report`); of nothing where the task has none."""
+    truth = [true_labels(task, question, trajectory) for question, trajectory, _ in scored]
+    known = [(row[1], labels, row[2]) for row, labels in zip(scored, truth, strict=True) if labels is not None]
+    return step_report(known, start_score, threshold, allow_first_step)
 
 
 def _majority_is_right(answered: Sampled) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.tasks.base import SPLITS, Split, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_engine_length(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:

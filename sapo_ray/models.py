@@ -11,22 +11,13 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from typing import TYPE_CHECKING
 
 from sapo_ray.errors import SapoError
 from sapo_ray.store import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -63,6 +54,9 @@ def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:
     It is a Qwen2 tokenizer because AutoTokenizer chooses the class by the model's type, whatever class was saved. A
     character that is not in `alphabet` becomes `<pad>`.
     """
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     characters = [byte_level.pre_tokenize_str(character)[0][0] for character in alphabet]
     return Qwen2Tokenizer(
@@ -80,6 +74,9 @@ def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Pa
 
     The directory appears when it is complete.
     """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     tokenizer = character_tokenizer(alphabet, config.max_length)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -107,6 +104,8 @@ def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Pa
 
 def _save(model: PreTrainedModel, path: Path) -> None:
     """What `model.save_pretrained` writes. That would import every training engine it finds, and one of them prints."""
+    from safetensors.torch import save_file
+
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(path)
     weights = model.state_dict()
@@ -138,6 +137,8 @@ class Calibration:
 
 def parameter_count(checkpoint: Path) -> int:
     """Number of weights in a checkpoint directory's safetensors files, read from their headers."""
+    from safetensors import safe_open
+
     count = 0
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -152,6 +153,8 @@ def base_tokenizer(config: ModelConfig, alphabet: str) -> PreTrainedTokenizerBas
     if config.path is not None:
         if not Path(config.path, "config.json").is_file():
             raise SapoError(f"model.path {config.path} is no checkpoint directory: config.json is missing")
+        from transformers import AutoTokenizer
+
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.path)
         return tokenizer
     return character_tokenizer(alphabet, config.max_length)

@@ -15,8 +15,8 @@ class Reporter(Protocol):
     def update(self, done: int, total: int, detail: str) -> None:
         """The stage in progress has done so many of so many items; `total` 0 is not known yet."""
 
-    def end(self, stage: str, seconds: float, notes: Mapping[str, Any]) -> None:
-        """The stage has ended, and this is what it notes about itself."""
+    def end(self, notes: Mapping[str, Any]) -> None:
+        """The stage in progress has ended, and this is what it notes about itself: what it left out is warned of."""
 
     def warn(self, sign: str) -> None:
         """Something the user should know of."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sapo_ray.concurrency import together
 from sapo_ray.data import Question, Trajectory, seed_of
 from sapo_ray.encoding import encode
 from sapo_ray.requests import Completion, GenerateRequest, Sampling
 from sapo_ray.tasks.base import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Generate = Callable[[GenerateRequest], Awaitable[Completion]]
 

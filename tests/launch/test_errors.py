@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with closing(data.writer(2, "labels")) as writer:
         one = Trajectory("one", question.id, question.text, ("1+1=2\n",), "2", correct=False)
         writer.extend([label_row(LabelledTrajectory(one, "saps", (1, 0)))])
+    with closing(data.writer(3, "trajectories")) as writer:
+        writer.extend([trajectory_row(replace(one, answer=None, truncated=True))])
     data.writer(1, "trajectories").close()
     data.writer(1, "labels").close()
     broken = folder / "broken"
@@ -178,6 +181,10 @@ OMEGA = [*REASONER, "labeling.labeler=omega"]
         (
             ["FILES/round-2/trajectories", *OMEGA],
             "FILES/round-2/trajectories, record 0: trajectory 'empty' has no steps to label",
+        ),
+        (
+            ["FILES/round-3/trajectories", *OMEGA],
+            "FILES/round-3/trajectories: labeling.truncated, fraction and right_fraction leave none of 1 rows",
         ),
         (["FILES/round-1/trajectories", *OMEGA], "FILES/round-1/trajectories holds no trajectory"),
         (["FILES/verifier", *OMEGA], "FILES/verifier holds no trajectory"),

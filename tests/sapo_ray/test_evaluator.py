@@ -141,6 +141,7 @@ def test_verifier_report_by_hand() -> None:
     scores = [score for *_, row in scored for score in row]
     assert report == {
         "step_accuracy": pytest.approx(6 / 9),
+        "threshold": 0.5,
         "auroc": pytest.approx(17.5 / 20),
         "brier": pytest.approx(sum((s - t) ** 2 for s, t in zip(scores, truth, strict=True)) / 9),
         "first_error_hit_rate": 0.5,
@@ -153,7 +154,10 @@ def test_verifier_report_by_hand() -> None:
 
 def test_nothing_scored_is_null() -> None:
     report = verifier_report(TASK, [], start_score=None, threshold=0.5, allow_first_step=True)
-    assert {key: value for key, value in report.items() if value is not None} == {"wrong_trajectories": 0}
+    assert {key: value for key, value in report.items() if value is not None} == {
+        "threshold": 0.5,
+        "wrong_trajectories": 0,
+    }
 
 
 def test_a_task_without_an_oracle_has_no_verifier_figures() -> None:
@@ -167,12 +171,21 @@ def test_a_task_without_an_oracle_has_no_verifier_figures() -> None:
 
 
 def test_masked_steps_are_left_out_of_a_step_report() -> None:
-    report = step_report([(0.9, 0.4), (0.6, 0.1)], [(1, MASKED), (0, 0)], threshold=0.5)
+    """Nor is a first error known that follows a masked step. The one that is known is missed, from 1 at the start."""
+    wrong, right = solution("w", "6"), solution("r", "5", correct=True)
+    scored = [(wrong, (1, MASKED, 0), (0.9, 0.4, 0.2)), (wrong, (0, 0), (0.6, 0.1)), (right, (1, 0), (0.9, 0.8))]
+    report = step_report(scored, start_score=None, threshold=0.5, allow_first_step=True)
     assert report == {
-        "step_accuracy": pytest.approx(2 / 3),
+        "step_accuracy": pytest.approx(4 / 6),
+        "threshold": 0.5,
         "auroc": 1.0,
-        "brier": pytest.approx((0.01 + 0.36 + 0.01) / 3),
+        "brier": pytest.approx((0.01 + 0.04 + 0.36 + 0.01 + 0.01 + 0.64) / 6),
+        "first_error_hit_rate": 0.0,
+        "random_hit_rate": 0.5,
+        "wrong_trajectories": 1,
     }
+    without_first = step_report(scored, start_score=None, threshold=0.5, allow_first_step=False)
+    assert without_first["random_hit_rate"] == 0.0
 
 
 @pytest.mark.parametrize("key", ["test", "ood", "samples", "sampled_questions", "verification"])
