@@ -50,6 +50,7 @@ setup(
         "pyarrow",
         "fsspec",
         "psutil",
+        "packaging",
         "scikit-learn",
         "math-verify",
         "tensorboard",

