@@ -36,7 +36,6 @@ from sapo_ray.labelers import (
     is_labelled,
     label_correct,
     make_labeler,
-    start_score,
 )
 from sapo_ray.metrics import best_threshold, self_verification_error
 from sapo_ray.models import Calibration
@@ -52,7 +51,7 @@ from sapo_ray.store import (
     trajectory_of,
     trajectory_row,
 )
-from sapo_ray.tasks import Chain
+from sapo_ray.tasks import make_task
 
 _CALIBRATION_ROWS = 1000
 Item = tuple[Question, Trajectory]
@@ -63,7 +62,7 @@ class Coordinator:
 
     def __init__(self, config: RunConfig, run_path: str) -> None:
         self._config, self._store = config, RunDirectory(run_path)
-        self._task = Chain(config.task)
+        self._task = make_task(config.task)
         self._engines = Engines(config, self._task)
 
     async def load_reasoner(self, checkpoint: str) -> None:
@@ -161,7 +160,7 @@ class Coordinator:
         first_scores = [scores[0] for _, scores in await self._score_all([row.trajectory for row in labelled])]
         tuned = await self._score_all(tuning)
         calibration = Calibration(
-            start_score=start_score(first_scores, [1] * len(first_scores)) if first_scores else None,
+            start_score=fmean(first_scores) if first_scores else None,
             threshold=best_threshold([min(scores) for _, scores in tuned], [t.correct for t, _ in tuned]),
         )
         calibration.save(Path(checkpoint))
@@ -169,7 +168,10 @@ class Coordinator:
         return self._notes(start_score=calibration.start_score, threshold=calibration.threshold)
 
     def _calibration_rows(self, round_number: int) -> list[LabelledTrajectory]:
-        """A draw of the labels with a right first step: of sampled trajectories, or of all if none of them has one."""
+        """A draw of the labels with a right first step: of sampled trajectories, or of all if none of them has one.
+
+        Worked solutions, on which M_0 was trained, get higher scores than what saps will look at, which is sampled.
+        """
         rows = [labelled_of(row) for row in self._store.read(round_number, "labels")]
         right = [row for row in rows if row.step_labels[0] == 1]
         sampled = [row for row in right if row.trajectory.source == "sampled"] or right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -101,13 +102,18 @@ class Engines:
         return completion
 
     async def score(self, trajectory: Trajectory) -> tuple[float, ...]:
-        """ĉ_j for every step of a trajectory, from one forward pass of the verifier. Raises where none is loaded."""
+        """ĉ_j for every step of a trajectory, from one forward pass of the verifier.
+
+        Raises RuntimeError where none is loaded, ValueError for a score that is no number.
+        """
         if not self.has_verifier:
             raise RuntimeError(f"trajectory {trajectory.id} cannot be scored: no verifier is loaded")
         self._asked[self._verifiers] += 1
         encoded = encode(self.tokenizer, self._task.prompt(trajectory.question), trajectory.steps)
         scores = await self._verifiers.submit(ScoreRequest(trajectory.id, encoded))
         self.cost += Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids))
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(f"trajectory {trajectory.id} has scores that are no numbers, {scores}: V has diverged")
         return tuple(scores)
 
     def begin(self, total: int) -> None:

@@ -22,8 +22,7 @@ from sapo_ray.progress import Reporter
 from sapo_ray.report import summary, warning_signs
 from sapo_ray.sampler import original_trajectory
 from sapo_ray.store import RunDirectory, trajectory_row
-from sapo_ray.tasks import Chain
-from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tasks import make_task
 from sapo_ray.training import TrainConfig, TrainJob
 
 Notes = Mapping[str, Any]
@@ -38,7 +37,7 @@ class Run:
 
     def __init__(self, config: RunConfig, store: RunDirectory, reporter: Reporter) -> None:
         self.config, self._store, self._reporter = config, store, reporter
-        self._task = Chain(config.task)
+        self._task = make_task(config.task)
         self._notes: dict[str, Notes] = {}
         self._coordinator = CoordinatorClient(config, store.path, reporter)
         self._trainer: Trainer | None = None
@@ -58,7 +57,7 @@ class Run:
             return Path(self.config.model.path)
         path = self._store.path / "checkpoints" / "base"
         if not path.exists():
-            save_random_reasoner(self.config.model, VOCABULARY, self.config.seed, path)
+            save_random_reasoner(self.config.model, self._task.alphabet, self.config.seed, path)
         return path
 
     def reasoner(self, number: int) -> Path:
@@ -162,7 +161,7 @@ class Run:
             init=str(init),
             data=tuple(map(str, data)),
             out=str(out),
-            task=Chain(self.config.task),
+            task=self._task,
             config=config,
             seed=self.config.seed,
             params=params,

@@ -22,6 +22,7 @@ from launch.run import complete
 from launch.tables import table_console
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
+from sapo_ray.report import MEASURING
 
 RFT = ("verify=false", "pairs.max_per_question=0")
 
@@ -65,8 +66,9 @@ def _run(config: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _tokens(stages: dict[str, Any]) -> int:
-    """Tokens that SAPO trained on and generated after SFT, evaluation left out."""
-    counted = [s["cost"] for name, s in stages.items() if "cost" in s and not name.endswith(("/sft", "/evaluate"))]
+    """Tokens that SAPO trained on and generated after SFT, stages that only measure left out."""
+    others = ("sft", *MEASURING)
+    counted = [s["cost"] for name, s in stages.items() if "cost" in s and name.rpartition("/")[2] not in others]
     return sum(cost["trained_tokens"] + cost["generated_tokens"] for cost in counted)
 
 

@@ -22,7 +22,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_engine_length
 from sapo_ray.models import Calibration
 from sapo_ray.store import labelled_of
-from sapo_ray.tasks import Chain
+from sapo_ray.tasks import make_task
 
 
 @click.command()
@@ -57,7 +57,7 @@ def evaluate(
     from actors.client import CoordinatorClient
 
     if reasoner:
-        check_engine_length(settings, Chain(settings.task), AutoTokenizer.from_pretrained(reasoner))
+        check_engine_length(settings, make_task(settings.task), AutoTokenizer.from_pretrained(reasoner))
     labelled = read_records(Path(labels), _labelled, "labelled trajectory") if labels else None
     arguments = ("evaluate_labels", labelled) if labelled else ("evaluate", "evaluate")
     with (

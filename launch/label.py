@@ -24,7 +24,7 @@ from sapo_ray.labelers import fixed_start_score, is_labelled
 from sapo_ray.limits import check_engine_length
 from sapo_ray.models import Calibration
 from sapo_ray.store import RunDirectory, label_row, rollout_row, trajectory_of
-from sapo_ray.tasks import SPLITS, Chain, Task
+from sapo_ray.tasks import SPLITS, Task, make_task
 
 Item = tuple[Question, Trajectory]
 
@@ -63,7 +63,7 @@ def label(
     if Path(out).exists():
         raise SapoError(f"--out {out} exists already; name a new directory")
     check_writable("--out", Path(out))
-    task = Chain(settings.task)
+    task = make_task(settings.task)
     from transformers import AutoTokenizer
 
     from actors.client import CoordinatorClient

@@ -20,8 +20,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_run_lengths
 from sapo_ray.models import base_tokenizer
 from sapo_ray.store import RunDirectory, write_text
-from sapo_ray.tasks import Chain
-from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tasks import make_task
 
 
 @click.command()
@@ -56,7 +55,8 @@ def complete(config: str, overrides: Sequence[str]) -> RunDirectory:
     store = RunDirectory(settings.run_dir)
     _refuse_other_config(settings, store)
     check_writable("run_dir", store.path)
-    check_run_lengths(settings, Chain(settings.task), base_tokenizer(settings.model, VOCABULARY))
+    task = make_task(settings.task)
+    check_run_lengths(settings, task, base_tokenizer(settings.model, task.alphabet))
     from actors.run import Run
     from actors.sapo import sapo
 

@@ -25,8 +25,7 @@ from sapo_ray.config_loader import load_config
 from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_run_lengths
 from sapo_ray.models import base_tokenizer
-from sapo_ray.tasks import Chain
-from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tasks import make_task
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -66,7 +65,8 @@ def submit(
     settings = load_config(RunConfig, config, overrides)
     check_outlives_job("run_dir", settings.run_dir)
     if settings.model.path is None:  # another model's tokenizer may be where only the cluster sees it
-        check_run_lengths(settings, Chain(settings.task), base_tokenizer(settings.model, VOCABULARY))
+        task = make_task(settings.task)
+        check_run_lengths(settings, task, base_tokenizer(settings.model, task.alphabet))
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "sapo.zip")
         command = ["python", "-m", "launch", "run", pack(Path(config), package), *overrides]

@@ -39,7 +39,8 @@ class Question:
 class Trajectory:
     """A solution s_0 … s_n of a question.
 
-    `answer` is None where none could be read; `truncated` says that the token limit cut it off.
+    `answer` is None where none could be read; `truncated` says that the token limit cut it off, after the last of
+    `steps`: the step it was in is left out.
     """
 
     id: str

@@ -118,8 +118,9 @@ def _save(model: PreTrainedModel, path: Path) -> None:
 class Calibration:
     """What a verifier's scores mean, stored with its checkpoint.
 
-    `start_score` is the mean ĉ_0 over right first steps of its training data (None: there were none); `threshold` is
-    the lowest step score that a trajectory without an error has.
+    `start_score` is the mean ĉ_0 over at most 1,000 right first steps of the samples it was trained on; expansions and
+    worked solutions are left out unless there is nothing else. None: there were none. `threshold` is the lowest step
+    score that a trajectory without an error has.
     """
 
     start_score: float | None

@@ -20,6 +20,8 @@ RISEN = 0.1
 """Warn when the self-verification error rises by this much over the least in a round before."""
 REPETITIVE = 0.2
 """Warn when this share of a trajectory's steps, on average, repeats an earlier step of it."""
+MEASURING = ("validation", "self-verification", "self-verification-aligned", "evaluate")
+"""Stages that only measure: the method would do without them."""
 
 
 @dataclass
@@ -102,9 +104,8 @@ def _round(number: int, stages: Mapping[str, Notes]) -> dict[str, Any]:
             **verifier,
             "self_verification_error": self_verification.get("all"),
             "self_verification": {
-                checker: {kind: stages[name].get(kind) for kind in ("right", "wrong", "all")}
+                checker: {kind: stages.get(name, {}).get(kind) for kind in ("right", "wrong", "all")}
                 for checker, name in (("trained_from", "self-verification"), ("aligned", "self-verification-aligned"))
-                if name in stages
             },
         }
     return {
@@ -121,9 +122,10 @@ def _round(number: int, stages: Mapping[str, Notes]) -> dict[str, Any]:
 
 
 def _cost(stages: Mapping[str, Notes]) -> dict[str, Any]:
+    """What the method's own stages cost in all; seconds and counts of every stage, those that only measure too."""
     total = Cost()
-    for stage in stages.values():
-        total += Cost(**stage.get("cost", {}))
+    for name, stage in stages.items():
+        total += Cost(**stage.get("cost", {})) if name not in MEASURING else Cost()
     seconds = {name: stage["seconds"] for name, stage in stages.items() if "seconds" in stage}
     by_stage = {name: stage["cost"] for name, stage in stages.items() if "cost" in stage}
     return {**total.as_dict(), "seconds": seconds, "stages": by_stage}

@@ -80,7 +80,8 @@ class Solver:
     async def solve(self, question: Question, prefix: Sequence[str], request_id: str, sampling: Sampling) -> Solution:
         """One completion of a prefix, sampled with the seed that belongs to the request's id.
 
-        The prefix counts towards `max_tokens`; where it leaves nothing, one token is sampled.
+        The prefix counts towards `max_tokens`; where it leaves nothing, one token is sampled. What the limit cuts off
+        loses its last step, which is unfinished.
         """
         prompt = encode(self._tokenizer, self.task.prompt(question.text), prefix)
         left = sampling.max_tokens - (len(prompt.ids) - prompt.prompt_length)
@@ -93,6 +94,8 @@ class Solver:
             )
         )
         steps = self.task.split(completion.text)
+        if not completion.finished:
+            steps = steps[:-1]
         answer = self.task.answer([*prefix, *steps]) if completion.finished else None
         return Solution(steps, answer, self.task.is_correct(answer, question.answer), not completion.finished)
 

@@ -18,7 +18,7 @@ from sapo_ray.labelers.expand import expand
 from sapo_ray.labelers.omega import omega
 from sapo_ray.labelers.outcome import outcome
 from sapo_ray.labelers.random_step import random_step
-from sapo_ray.labelers.saps import first_error, saps, start_score, verify
+from sapo_ray.labelers.saps import first_error, saps, verify
 from sapo_ray.labelers.shepherd import shepherd
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "random_step",
     "saps",
     "shepherd",
-    "start_score",
     "verify",
 ]
 

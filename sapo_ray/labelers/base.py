@@ -33,10 +33,11 @@ class LabelingConfig:
     unproven: Unproven = "keep"
     """Steps whose label no check has proven (`saps`, `random`): `keep` trains on them, `mask` leaves them out."""
     truncated: Literal["drop", "check"] = "drop"
-    """A trajectory cut off without an answer: `drop` it, or `check` its last step like any other."""
+    """A trajectory cut off without an answer: `drop` it, or `check` its last finished step like any other, under the
+    same `sampling.max_tokens` for the whole: a prefix that leaves too few of them to get to the answer is wrong."""
     start_score: str = "auto"
     """The score before the first step, which `saps` compares the first step's with: a number from 0 to 1, or `auto`,
-    the verifier's mean score of right first steps in its training data."""
+    the verifier's mean score of right first steps among the samples it was trained on."""
     allow_first_step: bool = True
     """Whether the first step may be the predicted first error (`saps`, `random`)."""
     raw: bool = False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 from sapo_ray.data import MASKED, Case, Trajectory
 from sapo_ray.labelers.base import Labeler, Labels, Unproven, boundary, candidates, known_labels, monotone
@@ -47,21 +46,6 @@ def first_error(scores: Sequence[float], start_score: float, allow_first_step: b
             raise ValueError(f"the score of step {step} is {score}; no error can be detected from it")
     drops = [before - after for before, after in zip((start_score, *scores), scores, strict=False)]
     return max(candidates(len(scores), allow_first_step), key=drops.__getitem__)
-
-
-def start_score(first_scores: Sequence[float], labels: Sequence[int]) -> float:
-    """The verifier's mean score ĉ_0 over the training trajectories whose first step has label c_0 = 1.
-
-    `first_scores` and `labels` hold ĉ_0 and c_0 of each trajectory. Raises ValueError where no label is 1, or where a
-    score is not a number.
-    """
-    scores = [score for score, label in zip(first_scores, labels, strict=True) if label == 1]
-    if not scores:
-        raise ValueError("no training trajectory has a right first step: set labeling.start_score to a number")
-    mean = fmean(scores)
-    if not math.isfinite(mean):
-        raise ValueError("the verifier scores a right first step as nan or infinite: its training has diverged")
-    return mean
 
 
 def verify(trajectory: Trajectory, predicted: int, unproven: Unproven) -> Labeler:

@@ -29,6 +29,9 @@ class OracleLabels:
 class Task(Protocol):
     """One task. All methods are pure, so any process can build the task from the config and use it."""
 
+    alphabet: str
+    """Every character that a question or a solution can hold: the tokenizer of a model that starts at random."""
+
     def questions(self, split: Split) -> Sequence[Question]:
         """The questions of a split, in a fixed order. Only `worked` ones carry solutions."""
 

@@ -151,6 +151,8 @@ def _value(operand: _Operand, values: dict[str, int]) -> int:
 class Chain:
     """The `chain` task (see the module's text)."""
 
+    alphabet = VOCABULARY
+
     def __init__(self, config: ChainConfig) -> None:
         self.config = config
 

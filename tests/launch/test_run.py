@@ -8,16 +8,24 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from sapo_ray.audit import audit
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
-from sapo_ray.store import RunDirectory, labelled_of, rollout_of
+from sapo_ray.data import Trajectory
+from sapo_ray.encoding import encode
+from sapo_ray.evaluator import split_validation
+from sapo_ray.metrics import best_threshold
+from sapo_ray.models import Calibration
+from sapo_ray.scoring import load_verifier, score
+from sapo_ray.store import RunDirectory, labelled_of, rollout_of, trajectory_of
+from sapo_ray.tasks import make_task
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 LABEL_COLUMNS = {
@@ -70,6 +78,26 @@ def test_every_label_follows_from_labels_and_rollouts(finished: RunDirectory, nu
     assert list(audit([labelled_of(row) for row in rows], rollouts, labeling)) == []
     texts = [(row["question_id"], tuple(row["steps"])) for row in rows]
     assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_verifiers_calibration_follows_from_its_scores(finished: RunDirectory, number: int) -> None:
+    checkpoint = finished.checkpoint("verifier", number)
+    task = make_task(load_config(RunConfig, finished.path / "config.yaml").task)
+    model, tokenizer = load_verifier(str(checkpoint)), AutoTokenizer.from_pretrained(checkpoint)
+
+    def scores(trajectories: list[Trajectory]) -> list[list[float]]:
+        return score(model, [encode(tokenizer, task.prompt(t.question), t.steps) for t in trajectories], 4096)
+
+    rows = [labelled_of(row) for row in finished.read(number, "labels")]
+    right = [row.trajectory for row in rows if row.step_labels[0] == 1 and row.trajectory.source == "sampled"]
+    validation = [trajectory_of(row) for row in finished.read(0, "validation")]
+    tuning, _ = split_validation(validation, 20)
+    calibration = Calibration.load(checkpoint)
+    assert calibration is not None
+    assert calibration.start_score == pytest.approx(fmean(first for first, *_ in scores(right)), abs=1e-5)
+    threshold = best_threshold([min(row) for row in scores(tuning)], [t.correct for t in tuning])
+    assert calibration.threshold == pytest.approx(threshold, abs=1e-5)
 
 
 def test_saps_labels_carry_scores_and_cases(finished: RunDirectory) -> None:

@@ -178,22 +178,22 @@ def test_a_right_trajectory_needs_no_rollout() -> None:
 
 
 def test_the_last_step_is_checked_where_no_answer_was_read() -> None:
-    cut_off = Trajectory("s/q/2", "q", QUESTION.text, ("7+3=0\n", "0*"), None, correct=False, truncated=True)
-    annotation = annotate(Reasoner({**always(right=False), (1, 0): "7=0\n0-5=5\n=8\n"}), cut_off, labeler="shepherd")
+    cut_off = Trajectory("s/q/2", "q", QUESTION.text, ("7+3=0\n", "0*7=0\n"), None, correct=False, truncated=True)
+    annotation = annotate(Reasoner({**always(right=False), (1, 0): "0-5=5\n=8\n"}), cut_off, labeler="shepherd")
     assert annotation.labelled[0].step_labels == (1, 1)
-    assert annotation.labelled[1].trajectory.steps == ("7+3=0\n", "0*", "7=0\n", "0-5=5\n", "=8\n")
+    assert annotation.labelled[1].trajectory.steps == ("7+3=0\n", "0*7=0\n", "0-5=5\n", "=8\n")
 
 
 def test_empty_and_truncated_completions_fail_and_give_no_row_without_steps() -> None:
-    table = {(j, k): "" if k % 2 else "1+…" for j in range(5) for k in range(ROLLOUTS)}
+    table = {(j, k): "" if k % 2 else "1+1=2\n1+…" for j in range(5) for k in range(ROLLOUTS)}
     annotation = annotate(Reasoner(table), labeler="omega")
     assert annotation.labelled[0].step_labels == (0, 0, 0, 0, 0)
     assert {(r.steps, r.answer, r.correct, r.truncated) for r in annotation.rollouts if r.sample % 2 == 0} == {
-        (("1+",), None, False, True)
+        (("1+1=2\n",), None, False, True)
     }
     # An empty completion ends the solution at its prefix, whose last value is the answer.
     assert {(r.branch_step, r.answer) for r in annotation.rollouts if r.sample % 2} == {(0, "0"), (1, "1")}
-    assert [row.trajectory.steps[-1] for row in annotation.labelled[1:]] == ["1+", "1+"]
+    assert [row.trajectory.steps[-1] for row in annotation.labelled[1:]] == ["1+1=2\n", "1+1=2\n"]
 
 
 def test_without_expansion_there_is_one_row() -> None:

@@ -143,10 +143,13 @@ def test_the_summary_has_the_promised_shape() -> None:
     assert (zero["round"], zero["test"], zero["ood"]) == (0, TEST, TEST)
     assert {key: zero["verifier"][key] for key in VERIFIER} == VERIFIER
     assert zero["verifier"]["self_verification_error"] == 0.2
-    assert zero["verifier"]["self_verification"] == {"trained_from": {"right": 0.1, "wrong": 0.3, "all": 0.2}}
+    assert zero["verifier"]["self_verification"] == {
+        "trained_from": {"right": 0.1, "wrong": 0.3, "all": 0.2},
+        "aligned": {"right": None, "wrong": None, "all": None},
+    }
     assert zero["samples"] == {"labels": 7, "repetitiveness": 0.0}
     assert zero["cost"] == {
-        **Cost(checks=2, generated_tokens=8, trained_tokens=10, flops=60.0).as_dict(),
+        **Cost(checks=2, generated_tokens=5, trained_tokens=10, flops=60.0).as_dict(),
         "seconds": {"sft": 1.5, "sample": 2.0, "evaluate": 4},
         "stages": {name: NOTES[f"round-0/{name}"]["cost"] for name in ("sft", "sample", "evaluate")},
     }

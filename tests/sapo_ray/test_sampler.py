@@ -54,7 +54,7 @@ def test_a_solution_is_read_as_it_stands() -> None:
         ("round-1/q/0", ("7+3=0\n", "0*7=0\n"), "0", True, False),
         ("round-1/q/1", ("7+3=1\n", "1*7=7\n"), "7", False, False),
         ("round-1/q/3", ("7+3=0\n", "0*7=0"), "0", True, False),
-        ("round-1/q/5", ("7+3=0\n", "0*"), None, False, True),
+        ("round-1/q/5", ("7+3=0\n",), None, False, True),
         ("round-1/q/6", ("\n",), None, False, False),
     ]
     assert {(t.question_id, t.question, t.source) for t in found} == {("q", QUESTION.text, "sampled")}
@@ -63,6 +63,11 @@ def test_a_solution_is_read_as_it_stands() -> None:
 def test_a_truncated_solution_has_no_answer_even_where_it_shows_one() -> None:
     (found,) = unique(Reasoner(lambda _: "7+3=0\n0*7=0…"), samples=1)
     assert (found.answer, found.correct, found.truncated) == (None, False, True)
+    assert found.steps == ("7+3=0\n",)  # the step it was in is unfinished
+
+
+def test_a_solution_cut_off_in_its_first_step_is_none() -> None:
+    assert unique(Reasoner(lambda _: "7+3…"), samples=1) == []
 
 
 def test_requests_carry_prompt_seed_and_decoding() -> None:
