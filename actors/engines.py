@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from actors.pool import ElasticPool, QuarantinedError
 from actors.reasoner import reasoner_pool
 from actors.verifier import verifier_pool
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.concurrency import ordered
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
@@ -25,6 +26,15 @@ from sapo_ray.tasks import Task
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_spent: ContextVar[Cost] = ContextVar("spent")
+"""What the stream's item at hand has cost. `ordered` gives each item a task, whose children share its context."""
+
+
+def spend(cost: Cost) -> None:
+    """Count a cost of the item at hand."""
+    total = _spent.get()
+    total += cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +64,16 @@ class Engines:
         Raises with the engine's own cause where they cannot start.
         """
         await self._reasoners.load(checkpoint)
-        self._reasoner_parameters = parameter_count(Path(checkpoint))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._reasoner_parameters = parameter_count(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
 
     async def load_verifier(self, checkpoint: str) -> None:
         """Load a verifier, and its calibration if it has one; the first call starts the scoring workers."""
         await self._verifiers.load(checkpoint)
         self.has_verifier = True
-        self._verifier_parameters = parameter_count(Path(checkpoint))
-        self.calibration = Calibration.load(Path(checkpoint))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._verifier_parameters = parameter_count(checkpoint)
+        self.calibration = Calibration.load(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
 
     async def reset_prefix_cache(self) -> None:
         """Forget every prompt the engines have seen."""
@@ -92,11 +102,13 @@ class Engines:
         self._asked[self._reasoners] += 1
         completion = await self._reasoners.submit(request)
         computed = completion.prompt_tokens - completion.cached_tokens + completion.generated_tokens
-        self.cost += Cost(
-            prompt_tokens=completion.prompt_tokens,
-            cached_tokens=completion.cached_tokens,
-            generated_tokens=completion.generated_tokens,
-            flops=2.0 * self._reasoner_parameters * computed,
+        spend(
+            Cost(
+                prompt_tokens=completion.prompt_tokens,
+                cached_tokens=completion.cached_tokens,
+                generated_tokens=completion.generated_tokens,
+                flops=2.0 * self._reasoner_parameters * computed,
+            )
         )
         return completion
 
@@ -107,7 +119,7 @@ class Engines:
         self._asked[self._verifiers] += 1
         encoded = encode(self.tokenizer, self._task.prompt(trajectory.question), trajectory.steps)
         scores = await self._verifiers.submit(ScoreRequest(trajectory.id, encoded))
-        self.cost += Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids))
+        spend(Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids)))
         return tuple(scores)
 
     def begin(self, total: int) -> None:
@@ -119,25 +131,41 @@ class Engines:
     async def stream(
         self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]
     ) -> AsyncIterator[tuple[Item, Result]]:
+        """Every item that is not left out with its result, as `attempts` has them."""
+        async with aclosing(self.attempts(items, work)) as attempts:
+            async for item, result in attempts:
+                if result is not None:
+                    yield item, result
+
+    async def attempts(
+        self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]
+    ) -> AsyncGenerator[tuple[Item, Result | None], None]:
         """Every item with its result, in their order, `questions_in_flight` for each rollout worker at a time.
 
-        An item over whose requests workers died again and again is left out and noted in `quarantined`.
+        An item over whose requests workers died again and again is left out: it has None for a result and is noted in
+        `quarantined`. That and `cost` grow when an item is yielded: so they are at any time those of the items done so
+        far, and what a restart does again is not counted twice.
         """
 
-        async def attempt(item: Item) -> tuple[Item, Result] | None:
+        async def attempt(item: Item) -> tuple[Item, Result | Quarantine, Cost]:
             self._begun += 1
             self._look_ahead()
+            cost = Cost()
+            _spent.set(cost)
             try:
-                return item, await work(item)
+                return item, await work(item), cost
             except QuarantinedError as error:
-                self.quarantined.append(Quarantine(_question_id(item), error.request_id, error.cause, error.log_tail))
-                return None
+                return item, Quarantine(_question_id(item), error.request_id, error.cause, error.log_tail), cost
 
         async with aclosing(ordered(items, attempt, self._window)) as results:
-            async for result in results:
+            async for item, result, cost in results:
                 self._done += 1
-                if result is not None:
-                    yield result
+                self.cost += cost
+                if isinstance(result, Quarantine):
+                    self.quarantined.append(result)
+                    yield item, None
+                else:
+                    yield item, result
 
     def progress(self) -> dict[str, Any]:
         """Counts of the stage in progress, and what has happened to workers since the last call, a line each."""

@@ -11,6 +11,7 @@ from actors.child_log import ChildLog
 from actors.pool import ElasticPool
 from actors.vllm_extension import WeightReload
 from actors.worker import EngineDeadError, PoolWorker, actor_class
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, thread_environment
 from sapo_ray.scaling import ScalingConfig
@@ -42,9 +43,9 @@ class RolloutWorker(PoolWorker):
 
             def log_engine_initialized(self) -> None: ...
 
-        log = ChildLog()
+        model, log = local_checkpoint(self._model), ChildLog()
         try:
-            arguments = AsyncEngineArgs(**engine_args(self._config, self._model))
+            arguments = AsyncEngineArgs(**engine_args(self._config, model))
             self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[CountSteps])
         except Exception as error:
             raise SapoError(f"vLLM engine for {self._model} did not start: {log.cause(error)}") from None
@@ -62,9 +63,10 @@ class RolloutWorker(PoolWorker):
 
     async def load(self, checkpoint: str) -> None:
         """Put the weights of `checkpoint` in place and forget cached prefixes. Call it while nothing is generated."""
-        if not Path(checkpoint, "config.json").is_file():
+        path = await asyncio.to_thread(local_checkpoint, checkpoint)
+        if not Path(path, "config.json").is_file():
             raise SapoError(f"no checkpoint to load at {checkpoint}: config.json is missing")
-        await self._engine.collective_rpc("load_checkpoint", args=(checkpoint,))
+        await self._engine.collective_rpc("load_checkpoint", args=(path,))
         self._model = checkpoint
         await self.reset_prefix_cache()
 

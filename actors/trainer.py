@@ -22,6 +22,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from sapo_ray.errors import SapoError
+from sapo_ray.files import absolute
 from sapo_ray.training import TrainerConfig, TrainJob, TrainResult, finished
 
 OnProgress = Callable[[int, int, str], None]
@@ -97,8 +98,8 @@ class Trainer:
     """Trains jobs one after the other on a group of workers, which starts with the first. Needs an initialised Ray."""
 
     def __init__(self, config: TrainerConfig, storage_path: str | Path, name: str) -> None:
-        """Ray Train keeps its own state under `storage_path`/`name`."""
-        self._config, self._storage_path, self._name = config, Path(storage_path).resolve(), name
+        """Ray Train keeps its own state under `storage_path`/`name`; the path may be a URI."""
+        self._config, self._storage_path, self._name = config, absolute(storage_path), name
         self._group: _Group | None = None
 
     def start(self) -> None:
@@ -112,7 +113,7 @@ class Trainer:
             scaling_config=_scaling(self._config),
             run_config=ray.train.RunConfig(
                 name=self._name,
-                storage_path=str(self._storage_path),
+                storage_path=self._storage_path,
                 failure_config=ray.train.FailureConfig(max_failures=self._config.max_failures),
             ),
         )
@@ -202,9 +203,8 @@ def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
 
 def _absolute(job: TrainJob) -> TrainJob:
     """Ray Train's workers run in a directory of their own. An `init` that is no path here may be a name on a hub."""
-    init = str(Path(job.init).resolve()) if Path(job.init).exists() else job.init
-    data = tuple(str(Path(path).resolve()) for path in job.data)
-    return replace(job, init=init, data=data, out=str(Path(job.out).resolve()))
+    init = absolute(job.init) if Path(job.init).exists() else job.init
+    return replace(job, init=init, data=tuple(map(absolute, job.data)), out=absolute(job.out))
 
 
 def _cause(fit: Future[ray.train.Result]) -> str:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
+from launch.checks import Existing
 from sapo_ray.audit import audit as audit_labels
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.errors import SapoError
-from sapo_ray.store import Kind, RunDirectory, labelled_of, rollout_of
+from sapo_ray.shards import Kind
+from sapo_ray.store import RunDirectory, labelled_of, rollout_of
 
 IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_id", "rollouts": "rollout_id"}
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(exists=True, file_okay=False))
+@click.argument("run_dir", metavar="RUN", type=Existing(file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @click.pass_context
 def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
@@ -32,10 +33,9 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
       sapo audit runs/local
     """
     store = RunDirectory(run_dir)
-    path = Path(run_dir, "config.yaml")
-    if not path.is_file():
+    if not store.folder.has("config.yaml"):
         raise SapoError(f"{run_dir} is no run: it has no config.yaml")
-    config = load_config(RunConfig, path)
+    config = load_config(RunConfig, store.folder.locate("config.yaml"))
     checked, problems = Counter[str](), list[str]()
     for number in range(config.rounds + 1):
         if store.done(f"round-{number}/sample"):

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from launch.checks import Checkpoint
+from launch.checks import Checkpoint, Existing
 from launch.progress import ConsoleReporter
 from launch.records import read_records
 from launch.session import ray_session
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory
@@ -30,7 +31,7 @@ from sapo_ray.tasks import Chain
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--reasoner", type=Checkpoint("ForCausalLM"), help="Directory; greedy, pass@k and majority accuracy.")
 @click.option("--verifier", type=Checkpoint("ForTokenClassification"), help="Directory; best-of-N, and step scores.")
-@click.option("--labels", type=click.Path(exists=True), help="Labelled steps (Parquet) to hold the verifier against.")
+@click.option("--labels", type=Existing(), help="Labelled steps (Parquet) to hold the verifier against.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one line of JSON.")
 def evaluate(
     config: str,
@@ -55,13 +56,15 @@ def evaluate(
         raise SapoError("name a --reasoner, or a --verifier with --labels")
     settings = load_config(RunConfig, config, overrides)
     if reasoner:
-        check_engine_length(settings, Chain(settings.task), AutoTokenizer.from_pretrained(reasoner))
-    labelled = read_records(Path(labels), _labelled, "labelled trajectory") if labels else None
+        check_engine_length(
+            settings, Chain(settings.task), AutoTokenizer.from_pretrained(local_checkpoint(reasoner, weights=False))
+        )
+    labelled = read_records(labels, _labelled, "labelled trajectory") if labels else None
     arguments = ("evaluate_labels", labelled) if labelled else ("evaluate", "evaluate")
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
-        CoordinatorClient(settings, Path.cwd(), reporter) as coordinator,
+        CoordinatorClient(settings, str(Path.cwd()), reporter) as coordinator,
     ):
         coordinator.use(reasoner=reasoner, verifier=verifier)
         notes = coordinator.call(*arguments)
