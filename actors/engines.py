@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
 
+from actors.null import null_reasoner_pool, null_verifier_pool
 from actors.pool import ElasticPool, QuarantinedError
 from actors.reasoner import reasoner_pool
 from actors.verifier import verifier_pool
@@ -52,8 +53,9 @@ class Engines:
 
     def __init__(self, config: RunConfig, task: Task) -> None:
         self._config, self._task = config, task
-        self._reasoners = reasoner_pool(config.engine, config.scaling)
-        self._verifiers = verifier_pool(config.verifier, config.scaling)
+        engine, verifier, scaling = config.engine, config.verifier, config.scaling
+        self._reasoners = reasoner_pool(engine, scaling) if engine.kind else null_reasoner_pool(config)
+        self._verifiers = verifier_pool(verifier, scaling) if verifier.kind else null_verifier_pool(config)
         self.has_verifier = False
         self.calibration: Calibration | None = None
         self.begin(0)

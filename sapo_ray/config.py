@@ -10,7 +10,7 @@ from sapo_ray.evaluator import EvaluationConfig
 from sapo_ray.labelers import LabelingConfig
 from sapo_ray.models import ModelConfig
 from sapo_ray.pairs import PairsConfig
-from sapo_ray.requests import EngineConfig, VerifierConfig
+from sapo_ray.requests import EngineConfig, SimulationConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
 from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks.chain import ChainConfig
@@ -86,9 +86,11 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured after every round."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """The rollout workers: vLLM."""
+    """The rollout workers."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     """The scoring workers."""
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    """What workers of kind null do: how often they err and how long they take."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """How pools of workers grow, shrink and mend themselves."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -94,7 +95,29 @@ class PoolConfig:
 
 
 @dataclass(kw_only=True)
+class SimulationConfig:
+    error_rate: float = 0.1
+    """Chance that a step of a null reasoner states another value than it should; later steps go on from that."""
+    token_seconds: float = changeable(0.0)
+    """Mean seconds that a null reasoner takes over a token of a completion; 0 answers at once."""
+    score_seconds: float = changeable(0.0)
+    """Mean seconds that a null verifier takes over a trajectory; 0 answers at once."""
+    sigma: float = changeable(0.5)
+    """Standard deviation of the logarithm of what a request takes, which is log-normal."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.error_rate <= 1:
+            raise ValueError(f"error_rate is {self.error_rate}; it must lie between 0 and 1")
+        for key in ("token_seconds", "score_seconds", "sigma"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be a number and not negative")
+
+
+@dataclass(kw_only=True)
 class EngineConfig(PoolConfig):
+    kind: Literal["vllm"] | None = "vllm"
+    """`vllm`, or null: workers without a model, for tests and benchmarks of all but the engine. They solve the prompt's
+    question, with seeded mistakes and delays (see `simulation`); of a checkpoint they read the tokenizer only."""
     tensor_parallel_size: int = changeable(1)
     """GPUs of one node that an engine spreads its weights over; at most `gpus_per_worker`."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -148,6 +171,9 @@ class EngineConfig(PoolConfig):
 
 @dataclass(kw_only=True)
 class VerifierConfig(PoolConfig):
+    kind: Literal["model"] | None = "model"
+    """`model`, or null: workers without a model, for tests and benchmarks of all but the engine. They score most right
+    steps near 0.9 and all others at random, by the request; of a checkpoint they read the tokenizer only."""
     cpus_per_worker: float = changeable(0.5)
     """CPUs that Ray reserves for a worker."""
     batch_size: int = changeable(32)
