@@ -25,6 +25,8 @@ class CoordinatorClient:
 
     def __init__(self, config: RunConfig, run_path: str, reporter: Reporter) -> None:
         self._config, self._run_path, self._reporter = config, run_path, reporter
+        self.stage: str | None = None
+        """The stage that calls are for, where they are part of a run."""
         self._wanted: dict[str, str] = {}
         self._loaded: dict[str, str] = {}
         self._actor: Any = None
@@ -59,7 +61,7 @@ class CoordinatorClient:
         """
         for deaths in range(1, MAX_DEATHS + 1):
             try:
-                self._load()
+                self._load(self.stage or method)
                 return self._wait(getattr(self._actor, method).remote(*args))
             except RayTaskError as error:
                 raise SapoError(f"{method}: {type(error.cause).__name__}: {_one_line(error.cause)}") from error
@@ -84,11 +86,12 @@ class CoordinatorClient:
             progress["done"], progress["total"], ", ".join([f"{progress['tokens']:,} tokens", *waits])
         )
 
-    def _load(self) -> None:
+    def _load(self, stage: str) -> None:
         if self._actor is None:
             cpus = self._config.ray.coordinator_cpus
             self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path)
-        elif self._paused:
+        ray.get(self._actor.enter.remote(stage))
+        if self._paused:
             ray.get(self._actor.resume.remote())
         self._paused = False
         for role, checkpoint in self._wanted.items():

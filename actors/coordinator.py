@@ -7,6 +7,7 @@ is one stage of a run and returns what the stage notes about itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -58,6 +59,8 @@ from sapo_ray.tasks import Chain
 _CALIBRATION_ROWS = 1000
 Item = tuple[Question, Trajectory]
 
+logger = logging.getLogger(__name__)
+
 
 class Coordinator:
     """Streams the data of a run through its engines, and writes it."""
@@ -65,7 +68,11 @@ class Coordinator:
     def __init__(self, config: RunConfig, run_path: str) -> None:
         self._config, self._store = config, RunDirectory(run_path)
         self._task = Chain(config.task)
-        self._engines = Engines(config, self._task)
+        self._engines = Engines(config, self._task, self._store.name)
+
+    async def enter(self, stage: str) -> None:
+        """Work for this stage from now on, as logs and metrics see it."""
+        self._engines.enter(stage)
 
     async def load_reasoner(self, checkpoint: str) -> None:
         """Hold this reasoner from now on. Raises with the engine's own cause where none can start."""
@@ -144,9 +151,8 @@ class Coordinator:
 
     def _go_on(self, writer: StageWriter, items: int, report: StreamReport | None = None) -> None:
         """Begin what is left of a stage, `items` items, with what the part before has cost and left out."""
-        self._engines.begin(items)
-        self._engines.cost += Cost(**writer.state.get("cost", {}))
-        self._engines.quarantined += [Quarantine(**left_out) for left_out in writer.state.get("quarantined", [])]
+        left_out = [Quarantine(**left_out) for left_out in writer.state.get("quarantined", [])]
+        self._engines.begin(items, Cost(**writer.state.get("cost", {})), left_out)
         writer.snapshot = lambda: {
             "cost": self._engines.cost.as_dict(),
             "quarantined": [asdict(left_out) for left_out in self._engines.quarantined],
@@ -308,4 +314,6 @@ class Coordinator:
     def _notes(self, **notes: Any) -> dict[str, Any]:
         if self._engines.quarantined:
             notes["quarantined"] = [asdict(left_out) for left_out in self._engines.quarantined]
-        return {**notes, "cost": self._engines.cost.as_dict()}
+        cost = self._engines.cost.as_dict()
+        logger.info("done, for %s", cost)
+        return {**notes, "cost": cost}

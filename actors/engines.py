@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
 
+from actors import logs
 from actors.null import null_reasoner_pool, null_verifier_pool
 from actors.pool import ElasticPool, QuarantinedError
 from actors.reasoner import reasoner_pool
+from actors.telemetry import PUBLISH_SECONDS, Telemetry
 from actors.verifier import verifier_pool
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.concurrency import ordered
@@ -28,14 +32,16 @@ from sapo_ray.tasks import Task
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_spent: ContextVar[Cost] = ContextVar("spent")
-"""What the stream's item at hand has cost. `ordered` gives each item a task, whose children share its context."""
+logger = logging.getLogger(__name__)
+
+_spent: ContextVar[tuple[Cost, ...]] = ContextVar("spent")
+"""The sums that the stream's item at hand counts in. `ordered` gives each item a task, whose children share them."""
 
 
 def spend(cost: Cost) -> None:
     """Count a cost of the item at hand."""
-    total = _spent.get()
-    total += cost
+    for total in _spent.get():
+        total += cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +57,25 @@ class Quarantine:
 class Engines:
     """Both pools, what the stage in progress has cost so far, how far it is, and what it had to leave out."""
 
-    def __init__(self, config: RunConfig, task: Task) -> None:
-        self._config, self._task = config, task
+    def __init__(self, config: RunConfig, task: Task, run: str) -> None:
+        """`run` is the run's name in logs and metrics."""
+        self._config, self._task, self._run = config, task, run
+        self._telemetry = Telemetry(run)
+        self._publishing: asyncio.Task[None] | None = None
         engine, verifier, scaling = config.engine, config.verifier, config.scaling
         self._reasoners = reasoner_pool(engine, scaling) if engine.kind else null_reasoner_pool(config)
         self._verifiers = verifier_pool(verifier, scaling) if verifier.kind else null_verifier_pool(config)
         self.has_verifier = False
         self.calibration: Calibration | None = None
+        self._spent, self._published = Cost(), Cost()
         self.begin(0)
+
+    def enter(self, stage: str) -> None:
+        """What is logged from now on is logged for this stage. Publishing metrics starts with the first."""
+        logs.enter(self._run, stage)
+        for pool in self._pools:
+            pool.enter(self._run, stage)
+        self._publishing = self._publishing or asyncio.create_task(self._keep_publishing())
 
     async def load_reasoner(self, checkpoint: str) -> None:
         """Load a reasoner into every engine, in place; the first call starts the engines.
@@ -92,6 +109,8 @@ class Engines:
             await pool.resume()
 
     async def close(self) -> None:
+        if self._publishing is not None:
+            self._publishing.cancel()
         for pool in self._pools:
             await pool.close()
 
@@ -124,9 +143,10 @@ class Engines:
         spend(Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids)))
         return tuple(scores)
 
-    def begin(self, total: int) -> None:
-        """A stage of `total` items begins: its cost and progress start at nothing."""
-        self.cost, self.quarantined = Cost(), list[Quarantine]()
+    def begin(self, total: int, cost: Cost | None = None, quarantined: Sequence[Quarantine] = ()) -> None:
+        """A stage of `total` items begins; or is gone on with, after items of this cost and some that were left out."""
+        logger.info("%d items to do", total)
+        self.cost, self.quarantined = cost or Cost(), list(quarantined)
         self._asked: Counter[ElasticPool[Any, Any]] = Counter()
         self._done, self._begun, self._total = 0, 0, total
 
@@ -153,7 +173,7 @@ class Engines:
             self._begun += 1
             self._look_ahead()
             cost = Cost()
-            _spent.set(cost)
+            _spent.set((cost, self._spent))
             try:
                 return item, await work(item), cost
             except QuarantinedError as error:
@@ -179,6 +199,17 @@ class Engines:
             "unplaced": {name: s.unplaced for name, s in stats.items() if s.unplaced},
             "events": [event for pool in self._pools for event in pool.events()],
         }
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            self._publish()
+            await asyncio.sleep(PUBLISH_SECONDS)
+
+    def _publish(self) -> None:
+        """Tell Ray's metrics what has happened since the last call, on items under way, too."""
+        self._telemetry.spent(self._spent, self._published)
+        self._telemetry.pools(self._pools)
+        self._published = replace(self._spent)
 
     def _window(self) -> int:
         return self._config.ray.questions_in_flight * max(1, self._reasoners.stats().ready)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sapo_ray.sampler import original_trajectory
 from sapo_ray.store import Role, RunDirectory, checkpoint_name, trajectory_row
 from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tracking import Tracking
 from sapo_ray.training import TrainConfig, TrainJob
 
 Notes = Mapping[str, Any]
@@ -42,6 +44,7 @@ class Run:
         self._notes: dict[str, Notes] = {}
         self._coordinator = CoordinatorClient(config, store.location, reporter)
         self._trainer: Trainer | None = None
+        self._tracking = Tracking(config, store, reporter.warn)
 
     def __enter__(self) -> Run:
         return self
@@ -50,6 +53,7 @@ class Run:
         if self._trainer and error is None:
             self._trainer.close()
         self._coordinator.__exit__(error)
+        self._tracking.close(finished=error is None)
 
     @property
     def base(self) -> str:
@@ -153,12 +157,15 @@ class Run:
         """Do a stage unless the manifest has it; note what it says, its cost and its seconds."""
         notes = self._store.done(name)
         if notes is None:
+            self._tracking.open()
+            self._coordinator.stage = name
             self._reporter.begin(name)
             start = time.monotonic()
             entry = dict(work())
             entry["seconds"] = entry.get("seconds", 0.0) + time.monotonic() - start  # a resumed stage has some already
             updates = entry.pop("metrics", [])
             notes = {key: value for key, value in entry.items() if key != "files"}
+            self._tracking.stage(name, notes)
             self._store.log(name, [*updates, notes])
             self._store.finish(name, entry)
             self._reporter.end(name, notes["seconds"], notes)
@@ -187,6 +194,8 @@ class Run:
             config=config,
             seed=self.config.seed,
             params=params,
+            run=self._store.name,
+            stage=stage,
         )
         self._stage(stage, lambda: self._run_job(stage, job, checkpoint_name(role, number)))
 
@@ -198,7 +207,7 @@ class Run:
             keep = self.config.trainer.keep_workers and not in_turn
             workers = replace(self.config.trainer, keep_workers=keep)
             self._trainer = Trainer(workers, self._store.folder.locate("train"), name="train")
-        result = self._trainer.train(job, on_progress=self._reporter.update)
+        result = self._trainer.train(job, self._reporter.update, partial(self._tracking.updates, stage))
         if result.too_long:
             limit = f"{Path(stage).name}.max_tokens = {job.config.max_tokens}"
             self._reporter.warn(f"{stage}: {result.too_long} examples are longer than {limit} and were left out")

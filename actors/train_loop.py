@@ -50,8 +50,8 @@ logger = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
 T = TypeVar("T")
-Report = Callable[[int, int, float], None]
-"""Takes updates done, updates in all, and the last loss."""
+Report = Callable[[int, list[dict[str, float]]], None]
+"""Takes the updates in all, and the metrics of those made since the last report (see `TrainResult`)."""
 
 
 class JobError(Exception):
@@ -79,7 +79,8 @@ class Progress:
 def train(job: TrainJob, device: torch.device, report: Report) -> TrainResult:
     """Train, export to `job.out` and return the result; at once where `job.out` already holds this job's.
 
-    `report` is called on rank 0, at most once a second. Raises JobError on every rank for a job that cannot be done.
+    `report` is called on rank 0, about once a second, and before every mid-training checkpoint: a training that goes on
+    from there has reported what came before. Raises JobError on every rank for a job that cannot be done.
     """
     stored = _together(lambda: finished(job, dist.get_world_size()))
     if stored is not None:
@@ -117,17 +118,20 @@ class Training:
         self.begun -= progress.seconds
         epochs = (global_batches(self.shapes, config.batch_size, self.job.seed, e) for e in range(config.epochs))
         batches = [batch for epoch in epochs for batch in epoch][: config.max_updates]
-        reported = -math.inf
+        logger.info("%d updates on %d examples, from update %d", len(batches), len(self.shapes), resumed_from)
+        reported, told = -math.inf, resumed_from
         while progress.updates < len(batches):
             lr = learning_rate(config, progress.updates, len(batches))
             progress.metrics.append(self.update(batches[progress.updates], lr))
             progress.updates += 1
             progress.seconds = time.monotonic() - self.begun
-            if config.checkpoint_every and progress.updates % config.checkpoint_every == 0:
+            saves = config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0
+            ends = progress.updates == len(batches)
+            if dist.get_rank() == 0 and (saves or ends or progress.seconds > reported + 1):
+                report(len(batches), progress.metrics[told:])
+                reported, told = progress.seconds, progress.updates
+            if saves:
                 self._save()
-            if dist.get_rank() == 0 and progress.seconds > reported + 1:
-                reported = progress.seconds
-                report(progress.updates, len(batches), progress.metrics[-1]["loss"])
         return self._export(resumed_from)
 
     def update(self, batch: Sequence[int], lr: float) -> dict[str, float]:

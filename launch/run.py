@@ -23,6 +23,7 @@ from sapo_ray.models import base_tokenizer
 from sapo_ray.store import RunDirectory
 from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tracking import check_installed
 
 
 @click.command()
@@ -64,6 +65,7 @@ def complete(config: str, overrides: Sequence[str], redo: str | None = None) -> 
     except SapoError as error:
         raise SapoError(f"run_dir: {error}") from error
     _refuse_other_config(settings, store)
+    check_installed(settings)
     check_writable("run_dir", store.location)
     check_run_lengths(settings, Chain(settings.task), base_tokenizer(settings.model, VOCABULARY))
     if redo:

@@ -65,6 +65,9 @@ class RunConfig:
     placement: Literal["separate", "colocated"] = changeable("separate")
     """`separate`: engines and training workers are up at the same time. `colocated`: they take turns on the same
     devices; whoever is not at work gives its place back, and `trainer.keep_workers` does nothing."""
+    tracking: Literal["tensorboard", "wandb", "mlflow", "none"] = changeable("tensorboard")
+    """Where figures go beside metrics.jsonl: to TensorBoard's files in RUN/tensorboard, Weights & Biases, MLflow, or
+    nowhere. The environment says the rest, such as WANDB_API_KEY and MLFLOW_TRACKING_URI."""
     initial_labeler: Literal["omega", "shepherd", "outcome"] = "omega"
     """Who labels round 0, when there is no verifier yet."""
     task: ChainConfig = field(default_factory=ChainConfig)

@@ -24,7 +24,7 @@ from sapo_ray.data import (
     Trajectory,
 )
 from sapo_ray.errors import SapoError
-from sapo_ray.files import Folder
+from sapo_ray.files import Folder, split
 from sapo_ray.manifest import (
     DamagedError,
     Files,
@@ -57,6 +57,11 @@ class RunDirectory:
         """The directory of a run that has a local path."""
         assert self.folder.path is not None
         return self.folder.path
+
+    @property
+    def name(self) -> str:
+        """The run's name in logs, metrics and trackers."""
+        return split(self.location)[1]
 
     def create(self) -> None:
         """Make the directory. Raises OSError where it cannot be made or written."""

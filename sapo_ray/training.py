@@ -129,6 +129,10 @@ class TrainJob:
     seed: int
     params: Mapping[str, float] = field(default_factory=dict)
     """Parameters of the objective, such as ORPO's beta."""
+    run: str = "-"
+    """Name of the run that it belongs to, in logs and metrics."""
+    stage: str = "-"
+    """Name of the run's stage, there too."""
 
     def fingerprint(self, workers: int) -> dict[str, Any]:
         """What must stay the same for a training to go on or to count as done. Paths are relative to `out`'s parent,

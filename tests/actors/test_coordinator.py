@@ -43,7 +43,7 @@ class NullEngines(Engines):
     poison = ""
 
     def __init__(self, config: RunConfig, task: Chain, deadly: int | None, death: type[Exception]) -> None:
-        super().__init__(config, task)
+        super().__init__(config, task, "null")
         self.tokenizer = character_tokenizer(VOCABULARY, 512)
         self.calibration = Calibration(0.5, 0.5)
         self._left, self._death = deadly, death

@@ -43,7 +43,7 @@ def test_the_run_is_whole_and_every_file_in_the_manifest(stored: RunDirectory) -
     written = {name for files in Manifest(stored.folder).files().values() for name in files}
     for files in Manifest(stored.folder).files().values():
         check_files(stored.folder, files)
-    present = {name for name in stored.folder.sizes() if not name.startswith("train/")}
+    present = {name for name in stored.folder.sizes() if not name.startswith(("train/", "tensorboard/"))}
     assert present - written == {"config.yaml", "manifest.json", "metrics.jsonl", "summary.json"}
     assert [entry["round"] for entry in stored.summary()["rounds"]] == [0, 1]
     texts = [stored.folder.read(name) for name in present if name.endswith((".json", ".jsonl", ".yaml"))]
