@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,8 +23,10 @@ class CoordinatorClient:
     Where an error or Ctrl-C ends it, nothing is waited for: Ray ends the pools with the coordinator that owns them.
     """
 
-    def __init__(self, config: RunConfig, run_path: Path, reporter: Reporter) -> None:
+    def __init__(self, config: RunConfig, run_path: str, reporter: Reporter) -> None:
         self._config, self._run_path, self._reporter = config, run_path, reporter
+        self.stage: str | None = None
+        """The stage that calls are for, where they are part of a run."""
         self._wanted: dict[str, str] = {}
         self._loaded: dict[str, str] = {}
         self._actor: Any = None
@@ -42,10 +43,10 @@ class CoordinatorClient:
                 ray.get(self._actor.close.remote())
         ray.kill(self._actor)
 
-    def use(self, *, reasoner: str | Path | None = None, verifier: str | Path | None = None) -> None:
+    def use(self, *, reasoner: str | None = None, verifier: str | None = None) -> None:
         """The checkpoints that the next call needs. They are loaded when it comes: a skipped stage loads nothing."""
         models = {"reasoner": reasoner, "verifier": verifier}
-        self._wanted |= {role: str(checkpoint) for role, checkpoint in models.items() if checkpoint is not None}
+        self._wanted |= {role: checkpoint for role, checkpoint in models.items() if checkpoint is not None}
 
     def pause(self) -> None:
         """Have engines and verifiers give their place to others until the next call."""
@@ -60,7 +61,7 @@ class CoordinatorClient:
         """
         for deaths in range(1, MAX_DEATHS + 1):
             try:
-                self._load()
+                self._load(self.stage or method)
                 return self._wait(getattr(self._actor, method).remote(*args))
             except RayTaskError as error:
                 raise SapoError(f"{method}: {type(error.cause).__name__}: {_one_line(error.cause)}") from error
@@ -85,11 +86,12 @@ class CoordinatorClient:
             progress["done"], progress["total"], ", ".join([f"{progress['tokens']:,} tokens", *waits])
         )
 
-    def _load(self) -> None:
+    def _load(self, stage: str) -> None:
         if self._actor is None:
             cpus = self._config.ray.coordinator_cpus
-            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, str(self._run_path))
-        elif self._paused:
+            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path)
+        ray.get(self._actor.enter.remote(stage))
+        if self._paused:
             ray.get(self._actor.resume.remote())
         self._paused = False
         for role, checkpoint in self._wanted.items():

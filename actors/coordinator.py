@@ -7,15 +7,15 @@ is one stage of a run and returns what the stage notes about itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from pathlib import Path
 from random import Random
 from statistics import fmean
 from typing import Any
 
-from actors.engines import Engines
+from actors.engines import Engines, Quarantine, spend
 from sapo_ray.annotator import Annotation, Annotator, distinct
 from sapo_ray.concurrency import together
 from sapo_ray.config import RunConfig
@@ -38,12 +38,14 @@ from sapo_ray.labelers import (
     make_labeler,
 )
 from sapo_ray.metrics import best_threshold, self_verification_error
-from sapo_ray.models import Calibration
+from sapo_ray.models import CALIBRATION_FILE, Calibration
 from sapo_ray.pairs import make_pairs, share_unlike, shuffled
 from sapo_ray.report import StreamReport
 from sapo_ray.sampler import Sampler, Solver, round_questions
+from sapo_ray.shards import Kind, StageWriter
 from sapo_ray.store import (
     RunDirectory,
+    checkpoint_name,
     label_row,
     labelled_of,
     pair_row,
@@ -56,6 +58,8 @@ from sapo_ray.tasks import make_task
 _CALIBRATION_ROWS = 1000
 Item = tuple[Question, Trajectory]
 
+logger = logging.getLogger(__name__)
+
 
 class Coordinator:
     """Streams the data of a run through its engines, and writes it."""
@@ -63,7 +67,11 @@ class Coordinator:
     def __init__(self, config: RunConfig, run_path: str) -> None:
         self._config, self._store = config, RunDirectory(run_path)
         self._task = make_task(config.task)
-        self._engines = Engines(config, self._task)
+        self._engines = Engines(config, self._task, self._store.name)
+
+    async def enter(self, stage: str) -> None:
+        """Work for this stage from now on, as logs and metrics see it."""
+        self._engines.enter(stage)
 
     async def load_reasoner(self, checkpoint: str) -> None:
         """Hold this reasoner from now on. Raises with the engine's own cause where none can start."""
@@ -95,13 +103,13 @@ class Coordinator:
 
     async def sample_validation(self) -> dict[str, Any]:
         """Sample validation questions with M_0: the fixed trajectories that calibrate and check every verifier."""
-        questions = self._task.questions("validation")
-        self._engines.begin(len(questions))
-        with closing(self._store.writer(0, "validation")) as writer:
-            stream = self._engines.stream(questions, lambda q: self._sampler.unique(q, "validation"))
-            async for _, trajectories in stream:
-                writer.extend(trajectory_row(t) for t in trajectories)
-        return self._notes(trajectories=writer.rows)
+        with self._writer("round-0/validation", "validation") as writer:
+            questions = self._task.questions("validation")[writer.items :]
+            self._go_on(writer, len(questions))
+            attempts = self._engines.attempts(questions, lambda q: self._sampler.unique(q, "validation"))
+            async for _, trajectories in attempts:
+                await writer.add({"validation": map(trajectory_row, trajectories or ())})
+        return self._notes(trajectories=writer.rows("validation"), files=writer.files, seconds=writer.seconds)
 
     async def sample_and_label(self, round_number: int) -> dict[str, Any]:
         """S_i = Sample(M_{i-1}) and L_i = labels of a subset of S_i by V_{i-1} and M_{i-1}, as one stream."""
@@ -117,22 +125,38 @@ class Coordinator:
             chosen = [t for t in trajectories if is_labelled(t, labeling, config.seed)]
             return trajectories, await together(self._label(annotator, question, t, stage) for t in chosen)
 
-        self._engines.begin(len(questions))
-        report = StreamReport(self._start_score())
-        with (
-            closing(self._store.writer(round_number, "trajectories")) as trajectory_writer,
-            closing(self._store.writer(round_number, "labels")) as label_writer,
-            closing(self._store.writer(round_number, "rollouts")) as rollout_writer,
-        ):
-            if annotator and round_number == 0:
+        with self._writer(f"{stage}/sample", "trajectories", "labels", "rollouts") as writer:
+            questions = questions[writer.items :]
+            report = StreamReport.restored(self._start_score(), writer.state.get("report"))
+            self._go_on(writer, len(questions), report)
+            if annotator and round_number == 0 and not writer.resumed:
                 originals = map(trajectory_of, self._store.read(0, "original"))
-                label_writer.extend(label_row(annotator.labelled(t, label_correct(t))) for t in originals)
-            async for _, (trajectories, annotations) in self._engines.stream(questions, work):
-                trajectory_writer.extend(trajectory_row(t) for t in trajectories)
-                label_writer.extend(map(label_row, distinct(annotations)))
-                rollout_writer.extend(rollout_row(r) for a in annotations for r in a.rollouts)
-                report.add(trajectories, annotations)
-        return self._notes(**report.notes(), labels=label_writer.rows)
+                writer.extend({"labels": (label_row(annotator.labelled(t, label_correct(t))) for t in originals)})
+            async for _, result in self._engines.attempts(questions, work):
+                if result:
+                    report.add(*result)
+                trajectories, annotations = result or ([], [])
+                await writer.add(
+                    {
+                        "trajectories": map(trajectory_row, trajectories),
+                        "labels": map(label_row, distinct(annotations)),
+                        "rollouts": (rollout_row(r) for a in annotations for r in a.rollouts),
+                    }
+                )
+        return self._notes(**report.notes(), labels=writer.rows("labels"), files=writer.files, seconds=writer.seconds)
+
+    def _writer(self, stage: str, *kinds: Kind) -> StageWriter:
+        return self._store.stage_writer(stage, kinds, self._config.ray.questions_per_shard)
+
+    def _go_on(self, writer: StageWriter, items: int, report: StreamReport | None = None) -> None:
+        """Begin what is left of a stage, `items` items, with what the part before has cost and left out."""
+        left_out = [Quarantine(**left_out) for left_out in writer.state.get("quarantined", [])]
+        self._engines.begin(items, Cost(**writer.state.get("cost", {})), left_out)
+        writer.snapshot = lambda: {
+            "cost": self._engines.cost.as_dict(),
+            "quarantined": [asdict(left_out) for left_out in self._engines.quarantined],
+            "report": report and report.state(),
+        }
 
     async def sample(self, questions: Sequence[Question], stage: str) -> list[tuple[Question, list[Trajectory]]]:
         """The loaded reasoner's different trajectories of each question."""
@@ -149,7 +173,7 @@ class Coordinator:
         annotated = [pair async for pair in stream]
         return annotated, self._notes()
 
-    async def calibrate(self, round_number: int, checkpoint: str) -> dict[str, Any]:
+    async def calibrate(self, round_number: int) -> dict[str, Any]:
         """Measure and store with V_i its start score and its threshold (see `Calibration`).
 
         The threshold is tuned on one half of the validation trajectories; the other half measures self-verification.
@@ -163,9 +187,10 @@ class Coordinator:
             start_score=fmean(first_scores) if first_scores else None,
             threshold=best_threshold([min(scores) for _, scores in tuned], [t.correct for t, _ in tuned]),
         )
-        calibration.save(Path(checkpoint))
+        name = f"{checkpoint_name('verifier', round_number)}/{CALIBRATION_FILE}"
+        files = self._store.write_file(name, calibration.text())
         self._engines.calibration = calibration
-        return self._notes(start_score=calibration.start_score, threshold=calibration.threshold)
+        return self._notes(start_score=calibration.start_score, threshold=calibration.threshold, files=files)
 
     def _calibration_rows(self, round_number: int) -> list[LabelledTrajectory]:
         """A draw of the labels with a right first step: of sampled trajectories, or of all if none of them has one.
@@ -212,6 +237,7 @@ class Coordinator:
             unpaired=sum(pair.rejected is None for pair in pairs),
             share_unlike_outcome=share_unlike(pairs, by_outcome),
             share_unlike_by_chance=share_unlike(by_chance, by_outcome),
+            files=writer.files,
         )
 
     async def evaluate(self, stage: str) -> dict[str, Any]:
@@ -269,7 +295,7 @@ class Coordinator:
         stage: str,
     ) -> Annotation:
         annotation = await annotator.annotate(question, trajectory, scores, stage)
-        self._engines.cost += Cost(trajectories=1, checks=annotation.checks, rollouts=len(annotation.rollouts))
+        spend(Cost(trajectories=1, checks=annotation.checks, rollouts=len(annotation.rollouts)))
         return annotation
 
     async def _score_all(self, trajectories: Sequence[Trajectory]) -> list[tuple[Trajectory, tuple[float, ...]]]:
@@ -292,5 +318,7 @@ class Coordinator:
 
     def _notes(self, **notes: Any) -> dict[str, Any]:
         if self._engines.quarantined:
-            notes["quarantined"] = [asdict(quarantine) for quarantine in self._engines.quarantined]
-        return {**notes, "cost": self._engines.cost.as_dict()}
+            notes["quarantined"] = [asdict(left_out) for left_out in self._engines.quarantined]
+        cost = self._engines.cost.as_dict()
+        logger.info("done, for %s", cost)
+        return {**notes, "cost": cost}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from pathlib import Path
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
 
+from actors import logs
+from actors.null import null_reasoner_pool, null_verifier_pool
 from actors.pool import ElasticPool, QuarantinedError
 from actors.reasoner import reasoner_pool
+from actors.telemetry import PUBLISH_SECONDS, Telemetry
 from actors.verifier import verifier_pool
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.concurrency import ordered
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
@@ -26,6 +32,17 @@ from sapo_ray.tasks import Task
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+_spent: ContextVar[tuple[Cost, ...]] = ContextVar("spent")
+"""The sums that the stream's item at hand counts in. `ordered` gives each item a task, whose children share them."""
+
+
+def spend(cost: Cost) -> None:
+    """Count a cost of the item at hand."""
+    for total in _spent.get():
+        total += cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +58,25 @@ class Quarantine:
 class Engines:
     """Both pools, what the stage in progress has cost so far, how far it is, and what it had to leave out."""
 
-    def __init__(self, config: RunConfig, task: Task) -> None:
-        self._config, self._task = config, task
-        self._reasoners = reasoner_pool(config.engine, config.scaling)
-        self._verifiers = verifier_pool(config.verifier, config.scaling)
+    def __init__(self, config: RunConfig, task: Task, run: str) -> None:
+        """`run` is the run's name in logs and metrics."""
+        self._config, self._task, self._run = config, task, run
+        self._telemetry = Telemetry(run)
+        self._publishing: asyncio.Task[None] | None = None
+        engine, verifier, scaling = config.engine, config.verifier, config.scaling
+        self._reasoners = reasoner_pool(engine, scaling) if engine.kind else null_reasoner_pool(config)
+        self._verifiers = verifier_pool(verifier, scaling) if verifier.kind else null_verifier_pool(config)
         self.has_verifier = False
         self.calibration: Calibration | None = None
+        self._spent, self._published = Cost(), Cost()
         self.begin(0)
+
+    def enter(self, stage: str) -> None:
+        """What is logged from now on is logged for this stage. Publishing metrics starts with the first."""
+        logs.enter(self._run, stage)
+        for pool in self._pools:
+            pool.enter(self._run, stage)
+        self._publishing = self._publishing or asyncio.create_task(self._keep_publishing())
 
     async def load_reasoner(self, checkpoint: str) -> None:
         """Load a reasoner into every engine, in place; the first call starts the engines.
@@ -55,16 +84,16 @@ class Engines:
         Raises with the engine's own cause where they cannot start.
         """
         await self._reasoners.load(checkpoint)
-        self._reasoner_parameters = parameter_count(Path(checkpoint))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._reasoner_parameters = parameter_count(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
 
     async def load_verifier(self, checkpoint: str) -> None:
         """Load a verifier, and its calibration if it has one; the first call starts the scoring workers."""
         await self._verifiers.load(checkpoint)
         self.has_verifier = True
-        self._verifier_parameters = parameter_count(Path(checkpoint))
-        self.calibration = Calibration.load(Path(checkpoint))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._verifier_parameters = parameter_count(checkpoint)
+        self.calibration = Calibration.load(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
 
     async def reset_prefix_cache(self) -> None:
         """Forget every prompt the engines have seen."""
@@ -81,6 +110,8 @@ class Engines:
             await pool.resume()
 
     async def close(self) -> None:
+        if self._publishing is not None:
+            self._publishing.cancel()
         for pool in self._pools:
             await pool.close()
 
@@ -93,11 +124,13 @@ class Engines:
         self._asked[self._reasoners] += 1
         completion = await self._reasoners.submit(request)
         computed = completion.prompt_tokens - completion.cached_tokens + completion.generated_tokens
-        self.cost += Cost(
-            prompt_tokens=completion.prompt_tokens,
-            cached_tokens=completion.cached_tokens,
-            generated_tokens=completion.generated_tokens,
-            flops=2.0 * self._reasoner_parameters * computed,
+        spend(
+            Cost(
+                prompt_tokens=completion.prompt_tokens,
+                cached_tokens=completion.cached_tokens,
+                generated_tokens=completion.generated_tokens,
+                flops=2.0 * self._reasoner_parameters * computed,
+            )
         )
         return completion
 
@@ -111,39 +144,56 @@ class Engines:
         self._asked[self._verifiers] += 1
         encoded = encode(self.tokenizer, self._task.prompt(trajectory.question), trajectory.steps)
         scores = await self._verifiers.submit(ScoreRequest(trajectory.id, encoded))
-        self.cost += Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids))
+        spend(Cost(scored_tokens=len(encoded.ids), flops=2.0 * self._verifier_parameters * len(encoded.ids)))
         if not all(map(math.isfinite, scores)):
             raise ValueError(f"trajectory {trajectory.id} has scores that are no numbers, {scores}: V has diverged")
         return tuple(scores)
 
-    def begin(self, total: int) -> None:
-        """A stage of `total` items begins: its cost and progress start at nothing."""
-        self.cost, self.quarantined = Cost(), list[Quarantine]()
+    def begin(self, total: int, cost: Cost | None = None, quarantined: Sequence[Quarantine] = ()) -> None:
+        """A stage of `total` items begins; or is gone on with, after items of this cost and some that were left out."""
+        logger.info("%d items to do", total)
+        self.cost, self.quarantined = cost or Cost(), list(quarantined)
         self._asked: Counter[ElasticPool[Any, Any]] = Counter()
         self._done, self._begun, self._total = 0, 0, total
 
     async def stream(
         self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]
     ) -> AsyncIterator[tuple[Item, Result]]:
+        """Every item that is not left out with its result, as `attempts` has them."""
+        async with aclosing(self.attempts(items, work)) as attempts:
+            async for item, result in attempts:
+                if result is not None:
+                    yield item, result
+
+    async def attempts(
+        self, items: Sequence[Item], work: Callable[[Item], Awaitable[Result]]
+    ) -> AsyncGenerator[tuple[Item, Result | None], None]:
         """Every item with its result, in their order, `questions_in_flight` for each rollout worker at a time.
 
-        An item over whose requests workers died again and again is left out and noted in `quarantined`.
+        An item over whose requests workers died again and again is left out: it has None for a result and is noted in
+        `quarantined`. That and `cost` grow when an item is yielded: so they are at any time those of the items done so
+        far, and what a restart does again is not counted twice.
         """
 
-        async def attempt(item: Item) -> tuple[Item, Result] | None:
+        async def attempt(item: Item) -> tuple[Item, Result | Quarantine, Cost]:
             self._begun += 1
             self._look_ahead()
+            cost = Cost()
+            _spent.set((cost, self._spent))
             try:
-                return item, await work(item)
+                return item, await work(item), cost
             except QuarantinedError as error:
-                self.quarantined.append(Quarantine(_question_id(item), error.request_id, error.cause, error.log_tail))
-                return None
+                return item, Quarantine(_question_id(item), error.request_id, error.cause, error.log_tail), cost
 
         async with aclosing(ordered(items, attempt, self._window)) as results:
-            async for result in results:
+            async for item, result, cost in results:
                 self._done += 1
-                if result is not None:
-                    yield result
+                self.cost += cost
+                if isinstance(result, Quarantine):
+                    self.quarantined.append(result)
+                    yield item, None
+                else:
+                    yield item, result
 
     def progress(self) -> dict[str, Any]:
         """Counts of the stage in progress, and what has happened to workers since the last call, a line each."""
@@ -155,6 +205,17 @@ class Engines:
             "unplaced": {name: s.unplaced for name, s in stats.items() if s.unplaced},
             "events": [event for pool in self._pools for event in pool.events()],
         }
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            self._publish()
+            await asyncio.sleep(PUBLISH_SECONDS)
+
+    def _publish(self) -> None:
+        """Tell Ray's metrics what has happened since the last call, on items under way, too."""
+        self._telemetry.spent(self._spent, self._published)
+        self._telemetry.pools(self._pools)
+        self._published = replace(self._spent)
 
     def _window(self) -> int:
         return self._config.ray.questions_in_flight * max(1, self._reasoners.stats().ready)

@@ -12,6 +12,7 @@ and is set aside.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -23,6 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.logs import about
 from actors.worker import EngineDeadError, Place, log_tail
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
@@ -34,6 +36,8 @@ FAILED_STARTS = 3
 """Workers that may die one after the other while they start, before the pool gives up."""
 _TICK = 1.0
 _SCHEDULING = 5.0  # a worker that Ray has not placed after so many seconds waits for a node
+
+logger = logging.getLogger(__name__)
 
 
 class HasId(Protocol):
@@ -62,7 +66,7 @@ class PoolStats:
     """Counts of workers and requests; `rate` is requests finished per second and busy worker, lately.
 
     `unplaced` of the `starting` workers wait for a node. `counts`: dead, hung, retries, quarantined, hedged,
-    grown, shrunk.
+    growths (decisions to grow), grown and shrunk (workers).
     """
 
     ready: int
@@ -160,7 +164,14 @@ class ElasticPool(Generic[Request, Result]):
         self._failed_starts = 0
         self._meter, self._counts = _Meter(), Counter[str]()
         self._events: list[str] = []
+        self._run = self._stage = "-"
         self._woken = self._paused = False
+
+    def enter(self, run: str, stage: str) -> None:
+        """What is submitted from now on is for this stage of this run: for the workers' logs."""
+        self._run, self._stage = run, stage
+        for worker in self._workers:
+            worker.actor.enter.remote(run, stage)
 
     async def load(self, checkpoint: str) -> None:
         """Have every worker hold `checkpoint`, between requests; the first call starts the least number of workers.
@@ -273,13 +284,14 @@ class ElasticPool(Generic[Request, Result]):
 
     def _grow(self, decision: Growth) -> None:
         if self._made >= self._least:  # not the first ones
-            self._counts["grown"] += decision.workers
+            self._counts.update(growths=1, grown=decision.workers)
             self._say(f"{len(self._workers)} -> {len(self._workers) + decision.workers} workers: {decision.reason}")
         assert self._checkpoint is not None
         for _ in range(decision.workers):
             worker = _Worker(self._made, self._make_actor(self._checkpoint), self._version)
             self._made += 1
             self._workers.append(worker)
+            worker.actor.enter.remote(self._run, self._stage)
             self._spawn(self._start(worker))
 
     async def _start(self, worker: _Worker) -> None:
@@ -420,6 +432,7 @@ class ElasticPool(Generic[Request, Result]):
         except (RayActorError, EngineDeadError) as error:
             lost = error
         except WorkerError as error:
+            logger.error("%s", error, extra=_about(batch))
             self._fail(batch, error)
         else:
             self._deliver(worker, batch, results)
@@ -463,6 +476,8 @@ class ElasticPool(Generic[Request, Result]):
     def _retry(self, worker: _Worker, batch: Iterable[_Waiting[Request, Result]], cause: Exception) -> None:
         """Ask others. A node that went away is not held against the requests that were on it."""
         open_ = [waiting for waiting in batch if not waiting.result.done() and not waiting.holders]
+        if open_:
+            logger.warning("%s worker %d died with these requests", self.name, worker.number, extra=_about(open_))
         if _node_is_lost(cause):
             self._counts["retries"] += len(open_)
             return self._queue.extendleft(reversed(open_))
@@ -478,7 +493,7 @@ class ElasticPool(Generic[Request, Result]):
         self._counts["quarantined"] += 1
         tail = await log_tail(worker.place)
         error = QuarantinedError(waiting.request.id, waiting.kills, cause, tail)
-        self._say(str(error))
+        self._say(str(error), waiting)
         self._fail([waiting], error)
 
     def _deliver(
@@ -505,13 +520,18 @@ class ElasticPool(Generic[Request, Result]):
             if not waiting.result.done():
                 waiting.result.set_exception(error)
 
-    def _say(self, what: str) -> None:
+    def _say(self, what: str, *requests: _Waiting[Request, Result]) -> None:
         self._events.append(f"{self.name} pool: {what}")
+        logger.info("%s", self._events[-1], extra=_about(requests))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _about(requests: Iterable[_Waiting[Any, Any]]) -> dict[str, str]:
+    return about(waiting.request.id for waiting in requests)
 
 
 def _node_is_lost(error: Exception) -> bool:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.child_log import ChildLog
+from actors.logs import about, answering
 from actors.pool import ElasticPool
 from actors.vllm_extension import WeightReload
 from actors.worker import EngineDeadError, PoolWorker, actor_class
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, thread_environment
 from sapo_ray.scaling import ScalingConfig
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutWorker(PoolWorker):
@@ -42,31 +48,36 @@ class RolloutWorker(PoolWorker):
 
             def log_engine_initialized(self) -> None: ...
 
-        log = ChildLog()
+        arguments = engine_args(self._config, local_checkpoint(self._model))
+        log, begun = ChildLog(), time.monotonic()
+        logger.info("a vLLM engine starts with %s", arguments)
         try:
-            arguments = AsyncEngineArgs(**engine_args(self._config, self._model))
-            self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[CountSteps])
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[CountSteps])
         except Exception as error:
             raise SapoError(f"vLLM engine for {self._model} did not start: {log.cause(error)}") from None
+        logger.info("the engine is up after %.0f s", time.monotonic() - begun)
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion | Exception]:
         """The completions of `requests`, in order; in place of a request that the engine refuses, the reason."""
         log = ChildLog()
-        results = await asyncio.gather(*map(self._complete, requests), return_exceptions=True)
-        if self._engine.errored:
-            raise EngineDeadError(f"vLLM engine for {self._model} died: {log.cause(self._engine.dead_error)}")
+        with answering("generate", [request.id for request in requests]):
+            results = await asyncio.gather(*map(self._complete, requests), return_exceptions=True)
+            if self._engine.errored:
+                raise EngineDeadError(f"vLLM engine for {self._model} died: {log.cause(self._engine.dead_error)}")
         return [
-            ValueError(f"request {request.id}: {result}") if isinstance(result, BaseException) else result
+            _refusal(request, result) if isinstance(result, BaseException) else result
             for request, result in zip(requests, results, strict=True)
         ]
 
     async def load(self, checkpoint: str) -> None:
         """Put the weights of `checkpoint` in place and forget cached prefixes. Call it while nothing is generated."""
-        if not Path(checkpoint, "config.json").is_file():
+        path = await asyncio.to_thread(local_checkpoint, checkpoint)
+        if not Path(path, "config.json").is_file():
             raise SapoError(f"no checkpoint to load at {checkpoint}: config.json is missing")
-        await self._engine.collective_rpc("load_checkpoint", args=(checkpoint,))
+        await self._engine.collective_rpc("load_checkpoint", args=(path,))
         self._model = checkpoint
         await self.reset_prefix_cache()
+        logger.info("%s is loaded in place", checkpoint)
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached prefix. Raises RuntimeError while requests run, whose prefixes vLLM keeps."""
@@ -76,10 +87,12 @@ class RolloutWorker(PoolWorker):
     async def sleep(self) -> None:
         """Give the device's memory back; the weights wait in the node's."""
         await self._engine.sleep(level=1)
+        logger.info("the engine sleeps")
 
     async def wake(self) -> None:
         """Take the device's memory again."""
         await self._engine.wake_up()
+        logger.info("the engine is awake")
 
     async def close(self) -> None:
         """Stop the engine and its process."""
@@ -101,6 +114,11 @@ class RolloutWorker(PoolWorker):
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=final.num_cached_tokens or 0,
         )
+
+
+def _refusal(request: GenerateRequest, reason: BaseException) -> ValueError:
+    logger.warning("refused by the engine: %s", reason, extra=about([request.id]))
+    return ValueError(f"request {request.id}: {reason}")
 
 
 def reasoner_pool(config: EngineConfig, scaling: ScalingConfig) -> ElasticPool[GenerateRequest, Completion]:

@@ -5,11 +5,11 @@ A finished stage is entered in the run directory's manifest and skipped when the
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from actors.client import CoordinatorClient
 from actors.trainer import Trainer
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
+from sapo_ray.files import absolute
 from sapo_ray.models import save_random_reasoner
 from sapo_ray.progress import Reporter
 from sapo_ray.report import summary, warning_signs
 from sapo_ray.sampler import original_trajectory
-from sapo_ray.store import RunDirectory, trajectory_row
+from sapo_ray.store import Role, RunDirectory, checkpoint_name, trajectory_row
 from sapo_ray.tasks import make_task
+from sapo_ray.tracking import Tracking
 from sapo_ray.training import TrainConfig, TrainJob
 
 Notes = Mapping[str, Any]
@@ -39,8 +41,9 @@ class Run:
         self.config, self._store, self._reporter = config, store, reporter
         self._task = make_task(config.task)
         self._notes: dict[str, Notes] = {}
-        self._coordinator = CoordinatorClient(config, store.path, reporter)
+        self._coordinator = CoordinatorClient(config, store.location, reporter)
         self._trainer: Trainer | None = None
+        self._tracking = Tracking(config, store, reporter.warn)
 
     def __enter__(self) -> Run:
         return self
@@ -49,21 +52,27 @@ class Run:
         if self._trainer and error is None:
             self._trainer.close()
         self._coordinator.__exit__(error)
+        self._tracking.close(finished=error is None)
 
     @property
-    def base(self) -> Path:
+    def base(self) -> str:
         """The base model M: the config's checkpoint, or a random start made on the spot."""
         if self.config.model.path is not None:
-            return Path(self.config.model.path)
-        path = self._store.path / "checkpoints" / "base"
-        if not path.exists():
-            save_random_reasoner(self.config.model, self._task.alphabet, self.config.seed, path)
-        return path
+            return absolute(self.config.model.path)
+        name, folder = "checkpoints/base", self._store.folder
 
-    def reasoner(self, number: int) -> Path:
+        def write() -> Notes:
+            with folder.staging(name) as directory:
+                save_random_reasoner(self.config.model, self._task.alphabet, self.config.seed, directory)
+                return {"files": self._store.put(directory, name)}
+
+        self._stage("base", write)
+        return folder.locate(name)
+
+    def reasoner(self, number: int) -> str:
         return self._store.checkpoint("reasoner", number)
 
-    def verifier(self, number: int) -> Path:
+    def verifier(self, number: int) -> str:
         return self._store.checkpoint("verifier", number)
 
     def originals(self) -> None:
@@ -72,69 +81,73 @@ class Run:
         def write() -> Notes:
             with closing(self._store.writer(0, "original")) as writer:
                 writer.extend(trajectory_row(original_trajectory(q)) for q in self._task.questions("worked"))
-            return {"trajectories": writer.rows}
+            return {"trajectories": writer.rows, "files": writer.files}
 
         self._stage("round-0/original", write)
 
     def finetune(self) -> None:
         """M_0 = SFT(M, D_org)."""
         data = self._store.dataset(0, "original")
-        self._train("round-0/sft", "sft", self.config.sft, self.base, [data], self.reasoner(0))
+        self._train("round-0/sft", "sft", self.config.sft, self.base, data, "reasoner", 0)
 
     def sample_validation(self) -> None:
-        self._use(reasoner=self.reasoner(0))
+        self._use(reasoner=0)
         self._stage("round-0/validation", lambda: self._coordinator.call("sample_validation"))
 
     def sample_and_label(self, number: int) -> None:
         """S_i = Sample(M_{i-1}), L_i = SAPS(V_{i-1}, M_{i-1}, subset of S_i); round 0 by M_0 and the first labeler."""
-        self._use(reasoner=self.reasoner(max(number - 1, 0)), verifier=self.verifier(number - 1))
+        self._use(reasoner=max(number - 1, 0), verifier=number - 1)
         self._stage(f"round-{number}/sample", lambda: self._coordinator.call("sample_and_label", number))
 
     def train_verifier(self, number: int) -> None:
         """V_i = PRM(init M_{i-1}, L_i), calibrated, and its self-verification error against M_{i-1}."""
-        init, out = self.reasoner(max(number - 1, 0)), self.verifier(number)
-        stage, data = f"round-{number}/prm", self._store.dataset(number, "labels")
+        init, stage = self.reasoner(max(number - 1, 0)), f"round-{number}/prm"
         if self._notes[f"round-{number}/sample"]["labels"]:
-            self._train(stage, "prm", self.config.prm, init, [data], out)
-            self._use(verifier=out)
-            self._stage(f"round-{number}/calibrate", lambda: self._coordinator.call("calibrate", number, str(out)))
+            data = self._store.dataset(number, "labels")
+            self._train(stage, "prm", self.config.prm, init, data, "verifier", number)
+            self._use(verifier=number)
+            self._stage(f"round-{number}/calibrate", lambda: self._coordinator.call("calibrate", number))
         else:  # not in round 0, where the worked solutions are labelled, too
-            self._keep(stage, self.verifier(number - 1), out, "no trajectory was labelled")
-            self._use(verifier=out)
+            self._keep(stage, "verifier", number, "no trajectory was labelled")
+            self._use(verifier=number)
         self._verify_self(number, "self-verification")
 
     def make_pairs(self, number: int) -> None:
         """P_i = pairs from Score(V_i, D_i)."""
-        self._use(verifier=self.verifier(number))
+        self._use(verifier=number)
         self._stage(f"round-{number}/pairs", lambda: self._coordinator.call("make_pairs", number))
 
     def align(self, number: int) -> None:
         """M_i = ORPO(init, P_i), and what V_i's self-verification error is against it."""
-        align, out = self.config.align, self.reasoner(number)
+        align, stage = self.config.align, f"round-{number}/align"
         init = {"base": self.base, "sft": self.reasoner(0), "previous": self.reasoner(number - 1)}[align.init]
         pairs = self._notes[f"round-{number}/pairs"]
-        stage, data = f"round-{number}/align", self._store.dataset(number, "pairs")
         if pairs["pairs"] + pairs["unpaired"]:
-            self._train(stage, "orpo", align, init, [data], out, beta=align.beta)
+            data = self._store.dataset(number, "pairs")
+            self._train(stage, "orpo", align, init, data, "reasoner", number, beta=align.beta)
         else:
-            self._keep(stage, self.reasoner(number - 1), out, "no pair reaches pairs.eta and no solution is right")
+            self._keep(stage, "reasoner", number, "no pair reaches pairs.eta and no solution is right")
         if self.config.verify:
-            self._use(reasoner=out, verifier=self.verifier(number))
+            self._use(reasoner=number, verifier=number)
             self._verify_self(number, "self-verification-aligned")
 
     def evaluate(self, number: int) -> None:
         """Measure M_i and V_i; write summary.json."""
-        self._use(reasoner=self.reasoner(number), verifier=self.verifier(number))
+        self._use(reasoner=number, verifier=number)
         self._stage(f"round-{number}/evaluate", lambda: self._coordinator.call("evaluate", f"evaluate-{number}"))
         signs = self._stage(f"round-{number}/warnings", lambda: {"signs": warning_signs(number, self._notes)})["signs"]
         for sign in signs:
             self._reporter.warn(f"round {number}: {sign}")
         self._store.write_summary(summary(self._notes, self.config.rounds))
 
-    def _use(self, reasoner: Path | None = None, verifier: Path | None = None) -> None:
+    def _use(self, reasoner: int | None = None, verifier: int | None = None) -> None:
         """The models that the next stages need: no verifier before there is one, nor in a run without `verify`."""
-        exists = verifier is not None and verifier.exists()
-        self._coordinator.use(reasoner=reasoner, verifier=verifier if exists else None)
+        if f"round-{verifier}/prm" not in self._notes:
+            verifier = None
+        self._coordinator.use(
+            reasoner=None if reasoner is None else self.reasoner(reasoner),
+            verifier=None if verifier is None else self.verifier(verifier),
+        )
 
     def _verify_self(self, number: int, name: str) -> None:
         self._stage(f"round-{number}/{name}", lambda: self._coordinator.call("verify_self", f"{name}-{number}"))
@@ -143,42 +156,55 @@ class Run:
         """Do a stage unless the manifest has it; note what it says, its cost and its seconds."""
         notes = self._store.done(name)
         if notes is None:
+            self._tracking.open()
+            self._coordinator.stage = name
             self._reporter.begin(name)
             start = time.monotonic()
-            notes = dict(work())
-            notes["seconds"] = time.monotonic() - start
-            self._store.log({"stage": name, **notes})
-            self._store.finish(name, notes)
+            entry = dict(work())
+            entry["seconds"] = entry.get("seconds", 0.0) + time.monotonic() - start  # a resumed stage has some already
+            updates = entry.pop("metrics", [])
+            notes = {key: value for key, value in entry.items() if key != "files"}
+            self._tracking.stage(name, notes)
+            self._store.log(name, [*updates, notes])
+            self._store.finish(name, entry)
             self._reporter.end(notes)
         self._notes[name] = notes
         return notes
 
     def _train(
-        self, stage: str, objective: str, config: TrainConfig, init: Path, data: list[Path], out: Path, **params: float
+        self,
+        stage: str,
+        objective: str,
+        config: TrainConfig,
+        init: str,
+        data: str,
+        role: Role,
+        number: int,
+        **params: float,
     ) -> None:
         job = TrainJob(
             objective=objective,
-            init=str(init),
-            data=tuple(map(str, data)),
-            out=str(out),
+            init=init,
+            data=(data,),
+            out=self._store.checkpoint(role, number),
             task=self._task,
             config=config,
             seed=self.config.seed,
             params=params,
+            run=self._store.name,
+            stage=stage,
         )
-        self._stage(stage, lambda: self._run_job(stage, job))
+        self._stage(stage, lambda: self._run_job(stage, job, checkpoint_name(role, number)))
 
-    def _run_job(self, stage: str, job: TrainJob) -> Notes:
+    def _run_job(self, stage: str, job: TrainJob, checkpoint: str) -> Notes:
         in_turn = self.config.placement == "colocated"
         if in_turn:
             self._coordinator.pause()
         if self._trainer is None:
             keep = self.config.trainer.keep_workers and not in_turn
             workers = replace(self.config.trainer, keep_workers=keep)
-            self._trainer = Trainer(workers, self._store.path / "train", name="train")
-        result = self._trainer.train(job, on_progress=self._reporter.update)
-        for record in result.metrics:
-            self._store.log({"stage": stage, **record})
+            self._trainer = Trainer(workers, self._store.folder.locate("train"), name="train")
+        result = self._trainer.train(job, self._reporter.update, partial(self._tracking.updates, stage))
         if result.too_long:
             limit = f"{Path(stage).name}.max_tokens = {job.config.max_tokens}"
             self._reporter.warn(f"{stage}: {result.too_long} examples are longer than {limit} and were left out")
@@ -188,18 +214,13 @@ class Run:
             "empty": result.empty,
             "updates": result.updates,
             "loss": result.metrics[-1]["loss"],
+            "metrics": result.metrics,
+            "files": self._store.trained(checkpoint, result.files),
             "cost": Cost(trained_tokens=result.tokens, flops=result.flops).as_dict(),
         }
 
-    def _keep(self, stage: str, previous: Path, out: Path, reason: str) -> None:
+    def _keep(self, stage: str, role: Role, number: int, reason: str) -> None:
         """Skip a training that has nothing to learn from: the last checkpoint stands for the new one."""
-
-        def copy() -> Notes:
-            unfinished = out.with_name(out.name + ".tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(previous, unfinished)
-            unfinished.rename(out)
-            return {"skipped": reason}
-
-        self._stage(stage, copy)
-        self._reporter.warn(f"{stage} skipped: {reason}; {out.name} is {previous.name}")
+        previous, out = checkpoint_name(role, number - 1), checkpoint_name(role, number)
+        self._stage(stage, lambda: {"skipped": reason, "files": self._store.copy_checkpoint(previous, out)})
+        self._reporter.warn(f"{stage} skipped: {reason}; {Path(out).name} is {Path(previous).name}")

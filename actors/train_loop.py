@@ -10,16 +10,13 @@ import gc
 import json
 import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,9 +30,12 @@ from transformers import (
 )
 
 from sapo_ray.batching import global_batches, micro_batches
+from sapo_ray.cache import local_checkpoint, local_copy
+from sapo_ray.files import Folder, split
+from sapo_ray.manifest import DamagedError, Files, records_of
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
-from sapo_ray.store import write_text
+from sapo_ray.shards import read_rows
 from sapo_ray.training import (
     RESULT_FILE,
     TrainConfig,
@@ -48,9 +48,10 @@ from sapo_ray.training import (
 
 logger = logging.getLogger(__name__)
 
+_LATEST = "latest.json"
 T = TypeVar("T")
-Report = Callable[[int, int, float], None]
-"""Takes updates done, updates in all, and the last loss."""
+Report = Callable[[int, list[dict[str, float]]], None]
+"""Takes the updates in all, and the metrics of those made since the last report (see `TrainResult`)."""
 
 
 class JobError(Exception):
@@ -78,7 +79,8 @@ class Progress:
 def train(job: TrainJob, device: torch.device, report: Report) -> TrainResult:
     """Train, export to `job.out` and return the result; at once where `job.out` already holds this job's.
 
-    `report` is called on rank 0, at most once a second. Raises JobError on every rank for a job that cannot be done.
+    `report` is called on rank 0, about once a second, and before every mid-training checkpoint: a training that goes on
+    from there has reported what came before. Raises JobError on every rank for a job that cannot be done.
     """
     stored = _together(lambda: finished(job, dist.get_world_size()))
     if stored is not None:
@@ -97,11 +99,14 @@ class Training:
 
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         self.job, self.device, self.begun = job, device, time.monotonic()
+        home, self.name = split(job.out)
+        self.home, self.partial = Folder(home), f"{self.name}.partial"
         self.objective: Objective = _together(lambda: make_objective(job.objective, job.params))
-        self.tokenizer: PreTrainedTokenizerBase = _together(lambda: AutoTokenizer.from_pretrained(job.init))
+        self.init: str = _together(lambda: local_checkpoint(job.init))
+        self.tokenizer: PreTrainedTokenizerBase = _together(lambda: AutoTokenizer.from_pretrained(self.init))
         self.data = _together(lambda: read_examples(job, self.objective, self.tokenizer))
         self.shapes = [example.shape for example in self.data.examples]
-        model = _together(lambda: load_model(job, self.objective.head))
+        model = _together(lambda: load_model(job, self.init, self.objective.head))
         self.parameters = model.num_parameters()
         self.weights = torch.tensor(list(self.objective.weights.values()), device=device)
         self.engine = _engine(model, job.config)
@@ -113,17 +118,20 @@ class Training:
         self.begun -= progress.seconds
         epochs = (global_batches(self.shapes, config.batch_size, self.job.seed, e) for e in range(config.epochs))
         batches = [batch for epoch in epochs for batch in epoch][: config.max_updates]
-        reported = -math.inf
+        logger.info("%d updates on %d examples, from update %d", len(batches), len(self.shapes), resumed_from)
+        reported, told = -math.inf, resumed_from
         while progress.updates < len(batches):
             lr = learning_rate(config, progress.updates, len(batches))
             progress.metrics.append(self.update(batches[progress.updates], lr))
             progress.updates += 1
             progress.seconds = time.monotonic() - self.begun
-            if config.checkpoint_every and progress.updates % config.checkpoint_every == 0:
+            saves = config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0
+            ends = progress.updates == len(batches)
+            if dist.get_rank() == 0 and (saves or ends or progress.seconds > reported + 1):
+                report(len(batches), progress.metrics[told:])
+                reported, told = progress.seconds, progress.updates
+            if saves:
                 self._save()
-            if dist.get_rank() == 0 and progress.seconds > reported + 1:
-                reported = progress.seconds
-                report(progress.updates, len(batches), progress.metrics[-1]["loss"])
         return self._export(resumed_from)
 
     def update(self, batch: Sequence[int], lr: float) -> dict[str, float]:
@@ -168,44 +176,60 @@ class Training:
             )
         return value
 
-    @property
-    def _partial(self) -> Path:
-        return Path(self.job.out + ".partial")
-
     def _fingerprint(self) -> dict[str, Any]:
         return self.job.fingerprint(dist.get_world_size())
 
     def _save(self) -> None:
-        """A mid-training checkpoint. `latest.json` is replaced last, so that an interrupted save is never seen."""
+        """A mid-training checkpoint. Every rank puts its own files into place, then `latest.json` is replaced: so an
+        interrupted save is never seen."""
         tag = f"update-{self.progress.updates}"
-        self.engine.save_checkpoint(str(self._partial), tag=tag, save_latest=False)
+        with self.home.staging(f"{self.partial}/rank-{dist.get_rank()}") as directory:
+            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+            mine = _together(lambda: self._put_state(directory / tag))
+        everyone: list[Files] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
         if dist.get_rank() == 0:
-            latest = {"tag": tag, "job": self._fingerprint(), "progress": asdict(self.progress)}
-            write_text(self._partial / "latest.json", json.dumps(latest))
-            for old in self._partial.glob("update-*"):
-                if old.name != tag:
-                    shutil.rmtree(old)
+            files = {name: record for part in everyone for name, record in part.items()}
+            latest = {"tag": tag, "job": self._fingerprint(), "progress": asdict(self.progress), "files": files}
+            self.home.write(f"{self.partial}/{_LATEST}", json.dumps(latest))
+            tags = {name.split("/")[1] for name in self.home.sizes(self.partial) if name.count("/") > 1}
+            for old in tags - {tag}:
+                self.home.clear(f"{self.partial}/{old}")
+
+    def _put_state(self, directory: Path) -> Files:
+        files = records_of(directory)
+        self.home.add(directory, files, f"{self.partial}/{directory.name}")
+        return files
 
     def _restore(self) -> Progress:
         """Load the last mid-training checkpoint, if there is one."""
-        latest = _together(self._latest)
-        if latest is None:
+        found = _together(self._latest)
+        if found is None:
             return Progress()
-        path, _ = self.engine.load_checkpoint(str(self._partial), tag=latest["tag"])
-        if path is None:
-            raise RuntimeError(f"{self._partial}: DeepSpeed could not load {latest['tag']}")
+        path, latest = found
+        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise RuntimeError(f"{self.home.locate(self.partial)}: DeepSpeed could not load {latest['tag']}")
         return Progress(**latest["progress"])
 
-    def _latest(self) -> dict[str, Any] | None:
-        path = self._partial / "latest.json"
-        if not path.exists():
+    def _latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The files of the last mid-training checkpoint as a directory of this node, and what `latest.json` says."""
+        name = f"{self.partial}/{_LATEST}"
+        if not self.home.has(name):
             return None
-        latest: dict[str, Any] = json.loads(path.read_text())
-        check_same_job(latest["job"], self._fingerprint(), path)
-        return latest
+        latest: dict[str, Any] = json.loads(self.home.read(name))
+        check_same_job(latest["job"], self._fingerprint(), self.home.locate(name))
+        try:
+            return local_copy(Folder(self.home.locate(f"{self.partial}/{latest['tag']}")), latest["files"]), latest
+        except DamagedError as error:
+            partial = self.home.locate(self.partial)
+            raise DamagedError(f"{error}; remove {partial} to begin this training anew") from error
 
     def _export(self, resumed_from: int) -> TrainResult:
-        """Write the checkpoint, whole or not at all: into a directory beside it, which is then renamed."""
+        """Write the checkpoint, whole or not at all: into a directory of this node, which is then put into place.
+
+        Its files are in the result of rank 0, which is the one that counts.
+        """
         state = self.engine._zero3_consolidated_16bit_state_dict() if self.job.config.zero_stage == 3 else None
         tokens = int(sum(metrics["tokens"] for metrics in self.progress.metrics))
         result = TrainResult(
@@ -219,16 +243,21 @@ class Training:
             seconds=time.monotonic() - self.begun,
             resumed_from=resumed_from,
             metrics=self.progress.metrics,
+            files={},
         )
-        if dist.get_rank() == 0:
-            unfinished = Path(self.job.out + ".tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            self.engine.module.save_pretrained(unfinished, state_dict=state)
-            self.tokenizer.save_pretrained(unfinished)
-            (unfinished / RESULT_FILE).write_text(json.dumps({"job": self._fingerprint(), "result": asdict(result)}))
-            os.rename(unfinished, self.job.out)
-            shutil.rmtree(self._partial, ignore_errors=True)
-        dist.barrier()
+        return _together(lambda: self._put(result, state)) or result
+
+    def _put(self, result: TrainResult, state: Any) -> TrainResult | None:
+        """Rank 0's part of the export."""
+        if dist.get_rank() != 0:
+            return None
+        with self.home.staging(self.name) as directory:
+            self.engine.module.save_pretrained(directory, state_dict=state)
+            self.tokenizer.save_pretrained(directory)
+            result = replace(result, files=records_of(directory))
+            (directory / RESULT_FILE).write_text(json.dumps({"job": self._fingerprint(), "result": asdict(result)}))
+            self.home.put(directory, self.name, last=RESULT_FILE)
+        self.home.clear(self.partial)
         return result
 
 
@@ -239,7 +268,7 @@ def read_examples(job: TrainJob, objective: Objective, tokenizer: PreTrainedToke
     """
     examples, too_long, empty = [], 0, 0
     for path in job.data:
-        for record in _records(Path(path), objective.columns):
+        for record in read_rows(path, objective.columns):
             example = _example(record, path, job, objective, tokenizer)
             fits = example.shape.tokens <= job.config.max_tokens
             if not any(example.counts.values()):
@@ -258,11 +287,6 @@ def read_examples(job: TrainJob, objective: Objective, tokenizer: PreTrainedToke
     return Data(sorted(examples, key=lambda example: example.id), too_long, empty)
 
 
-def _records(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    return [record for file in files for record in pq.read_table(file, columns=list(columns)).to_pylist()]
-
-
 def _example(
     record: dict[str, Any], path: str, job: TrainJob, objective: Objective, tokenizer: PreTrainedTokenizerBase
 ) -> Example:
@@ -272,17 +296,17 @@ def _example(
         raise ValueError(f"{path}: record {next(iter(record.values()))!r}: {error}") from error
 
 
-def load_model(job: TrainJob, head: Head) -> PreTrainedModel:
-    """The checkpoint `job.init` in fp32, without dropout; a verifier's new head is drawn from the job's seed."""
+def load_model(job: TrainJob, init: str, head: Head) -> PreTrainedModel:
+    """The checkpoint in the directory `init` in fp32, without dropout; a verifier's head is drawn from the seed."""
     torch.manual_seed(job.seed)
-    config = AutoConfig.from_pretrained(job.init)
+    config = AutoConfig.from_pretrained(init)
     if head == "token_classification":
         config.num_labels = 1
         config.classifier_dropout = 0.0
     for key in [key for key, value in vars(config).items() if "drop" in key and value]:
         setattr(config, key, 0.0)
     auto = {"causal_lm": AutoModelForCausalLM, "token_classification": AutoModelForTokenClassification}[head]
-    model: PreTrainedModel = auto.from_pretrained(job.init, config=config, dtype=torch.float32)
+    model: PreTrainedModel = auto.from_pretrained(init, config=config, dtype=torch.float32)
     model.train()  # checkpoints come in evaluation mode, in which transformers leaves gradient checkpointing out
     if job.config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

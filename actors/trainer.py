@@ -8,6 +8,7 @@ mid-training checkpoint.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import warnings
@@ -21,10 +22,17 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from actors import logs
+from actors.telemetry import Telemetry
 from sapo_ray.errors import SapoError
+from sapo_ray.files import absolute
 from sapo_ray.training import TrainerConfig, TrainJob, TrainResult, finished
 
 OnProgress = Callable[[int, int, str], None]
+Updates = list[dict[str, float]]
+"""The metrics of updates (see `TrainResult`)."""
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingError(SapoError):
@@ -37,7 +45,7 @@ class JobBoard:
     def __init__(self) -> None:
         self._jobs: list[TrainJob] = []
         self._outcomes: dict[int, TrainResult | str] = {}
-        self._progress: dict[str, float] = {}
+        self._total, self._updates = 0, Updates()
         self._closed = False
         self._changed = asyncio.Condition()
 
@@ -45,7 +53,7 @@ class JobBoard:
         """Put up a job; its number."""
         async with self._changed:
             self._jobs.append(job)
-            self._progress = {}
+            self._total, self._updates = 0, Updates()
             self._changed.notify_all()
         return len(self._jobs) - 1
 
@@ -71,11 +79,15 @@ class JobBoard:
             await self._changed.wait_for(lambda: number in self._outcomes)
         return self._outcomes[number]
 
-    async def report(self, done: int, total: int, loss: float) -> None:
-        self._progress = {"done": done, "total": total, "loss": loss}
+    async def report(self, total: int, updates: Updates) -> None:
+        """The training under way has made these updates, of so many in all."""
+        self._total = total
+        self._updates += updates
 
-    async def progress(self) -> dict[str, float]:
-        return self._progress
+    async def news(self) -> tuple[int, Updates]:
+        """The updates in all, and those made since the last call."""
+        updates, self._updates = self._updates, Updates()
+        return self._total, updates
 
     async def close(self) -> bool:
         """Let the workers go when they have finished what they are at; whether they are at nothing."""
@@ -97,8 +109,8 @@ class Trainer:
     """Trains jobs one after the other on a group of workers, which starts with the first. Needs an initialised Ray."""
 
     def __init__(self, config: TrainerConfig, storage_path: str | Path, name: str) -> None:
-        """Ray Train keeps its own state under `storage_path`/`name`."""
-        self._config, self._storage_path, self._name = config, Path(storage_path).resolve(), name
+        """Ray Train keeps its own state under `storage_path`/`name`; the path may be a URI."""
+        self._config, self._storage_path, self._name = config, absolute(storage_path), name
         self._group: _Group | None = None
 
     def start(self) -> None:
@@ -112,43 +124,47 @@ class Trainer:
             scaling_config=_scaling(self._config),
             run_config=ray.train.RunConfig(
                 name=self._name,
-                storage_path=str(self._storage_path),
+                storage_path=self._storage_path,
                 failure_config=ray.train.FailureConfig(max_failures=self._config.max_failures),
             ),
         )
         threading.Thread(target=_fit, args=(trainer, fit), daemon=True, name="ray-train-fit").start()
         self._group = _Group(board, fit)
 
-    def train(self, job: TrainJob, on_progress: OnProgress | None = None) -> TrainResult:
+    def train(
+        self,
+        job: TrainJob,
+        on_progress: OnProgress | None = None,
+        on_updates: Callable[[Updates], None] | None = None,
+    ) -> TrainResult:
         """Train a job and wait for its result. A job that is already finished costs nothing.
 
-        `on_progress` is told updates done, updates in all, and the loss, about once a second. Raises TrainingError with
-        the worker's own cause. The group lives on where the job was at fault.
+        `on_progress` is told updates done, updates in all, and the loss, about once a second; `on_updates` of every
+        update once, in their order, but for those before the checkpoint that an earlier call's training goes on from.
+        Raises TrainingError with the worker's own cause. The group lives on where the job was at fault.
         """
         job = _absolute(job)
         stored = finished(job, self._config.workers)
+        news = _News(job, on_progress, on_updates)
         if stored is not None:
+            news.pass_on(stored.updates, stored.metrics)
             return stored
         self.start()
         assert self._group is not None
         board, fit = self._group.board, self._group.fit
         outcome = board.outcome.remote(ray.get(board.post.remote(job)))
         while not ray.wait([outcome], timeout=1)[0]:
-            if on_progress and (progress := self.progress()):
-                on_progress(int(progress["done"]), int(progress["total"]), f"loss {progress['loss']:.4f}")
+            news.pass_on(*ray.get(board.news.remote()))
             if fit.done():
                 self._group = None
                 raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
+        news.pass_on(*ray.get(board.news.remote()))
         if not self._config.keep_workers:
             self.close()
         result: TrainResult | str = ray.get(outcome)
         if isinstance(result, str):
             raise TrainingError(f"{job.out}: {result}")
         return result
-
-    def progress(self) -> dict[str, float]:
-        """`done`, `total` (updates) and `loss` of the training under way; empty before its first report."""
-        return ray.get(self._group.board.progress.remote()) if self._group else {}
 
     def close(self) -> None:
         """Let the workers go, and wait until they have; after an interrupted training they are not waited for."""
@@ -157,6 +173,33 @@ class Trainer:
         group, self._group = self._group, None
         if ray.get(group.board.close.remote()):
             group.fit.exception()
+
+
+class _News:
+    """Passes on what is heard of a training: each update once, though a group that replaces a crashed one repeats some.
+
+    The loss goes to Ray's metrics, too, again and again: a gauge that is not set goes away.
+    """
+
+    def __init__(
+        self, job: TrainJob, on_progress: OnProgress | None, on_updates: Callable[[Updates], None] | None
+    ) -> None:
+        self._on_progress, self._on_updates = on_progress, on_updates
+        self._telemetry, self._stage = Telemetry(job.run), job.stage
+        self._told, self._last = 0, dict[str, float]()
+
+    def pass_on(self, total: int, updates: Updates) -> None:
+        """Take the updates in all, and some that have been made since the last call."""
+        new = [update for update in updates if update["update"] > self._told]
+        if new and self._on_updates:
+            self._on_updates(new)
+        if updates:
+            self._last = updates[-1]
+            self._told = max(self._told, int(self._last["update"]))
+        if self._last:
+            self._telemetry.set("sapo_loss", self._last["loss"], stage=self._stage)
+            if self._on_progress:
+                self._on_progress(int(self._last["update"]), total, f"loss {self._last['loss']:.4f}")
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -171,17 +214,31 @@ def _work(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    board, first = config["board"], ray.train.get_context().get_world_rank() == 0
+    board, rank = config["board"], ray.train.get_context().get_world_rank()
     number = -1
     while (posted := ray.get(board.next.remote(number))) is not None:
         number, job = posted
+        logs.enter(job.run, job.stage)
+        logger.info("rank %d trains %s from %s on %s, on %s", rank, job.out, job.init, ", ".join(job.data), device)
         outcome: TrainResult | str
         try:
-            outcome = train(job, device, board.report.remote)
+            outcome = train(job, device, _report_to(board, job.run))
+            logger.info("trained in %.0f s", outcome.seconds)
         except JobError as error:
             outcome = str(error)
-        if first:
+            logger.error("%s", outcome)
+        if rank == 0:
             ray.get(board.settle.remote(number, outcome))
+
+
+def _report_to(board: Any, run: str) -> Callable[[int, Updates], None]:
+    telemetry = Telemetry(run)
+
+    def report(total: int, updates: Updates) -> None:
+        telemetry.count("sapo_trained_tokens", sum(update["tokens"] for update in updates))
+        board.report.remote(total, updates)
+
+    return report
 
 
 def _fit(trainer: TorchTrainer, future: Future[ray.train.Result]) -> None:
@@ -202,9 +259,8 @@ def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
 
 def _absolute(job: TrainJob) -> TrainJob:
     """Ray Train's workers run in a directory of their own. An `init` that is no path here may be a name on a hub."""
-    init = str(Path(job.init).resolve()) if Path(job.init).exists() else job.init
-    data = tuple(str(Path(path).resolve()) for path in job.data)
-    return replace(job, init=init, data=data, out=str(Path(job.out).resolve()))
+    init = absolute(job.init) if Path(job.init).exists() else job.init
+    return replace(job, init=init, data=tuple(map(absolute, job.data)), out=absolute(job.out))
 
 
 def _cause(fit: Future[ray.train.Result]) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from actors.logs import answering
 from actors.pool import ElasticPool
 from actors.worker import PoolWorker, actor_class
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.requests import ScoreRequest, VerifierConfig, cpu_threads, thread_environment
 from sapo_ray.scaling import ScalingConfig
 from sapo_ray.scoring import load_verifier, score
+
+logger = logging.getLogger(__name__)
 
 
 class VerifierWorker(PoolWorker):
@@ -27,11 +32,13 @@ class VerifierWorker(PoolWorker):
     def load(self, checkpoint: str) -> None:
         """Load a …ForTokenClassification with one label. Raises SapoError, naming it, for any other checkpoint."""
         device = "cuda" if self._config.gpus_per_worker else "cpu"
-        self._model = load_verifier(checkpoint, getattr(torch, self._config.dtype), device)
+        self._model = load_verifier(local_checkpoint(checkpoint), getattr(torch, self._config.dtype), device)
+        logger.info("%s is loaded, in %s on %s", checkpoint, self._config.dtype, device)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """ĉ_j of every step, one list a trajectory."""
-        scores = score(self._model, [request.encoded for request in requests], self._config.batch_tokens)
+        with answering("score", [request.id for request in requests]):
+            scores = score(self._model, [request.encoded for request in requests], self._config.batch_tokens)
         self.progress += 1
         return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import logs
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
 
 TAIL_LINES = 20
+
+logger = logging.getLogger(__name__)
 
 
 class EngineDeadError(SapoError):
@@ -36,10 +40,16 @@ class PoolWorker:
     progress = 0
     """Rises while work gets done."""
 
+    def enter(self, run: str, stage: str) -> None:
+        """What is asked from now on is for this stage of this run, and so say the log's lines."""
+        logs.enter(run, stage)
+
     def where(self) -> Place:
-        logs = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
-        files = tuple(sorted(path for path in logs if Path(path).is_file()))
-        return Place(ray.get_runtime_context().get_node_id(), os.getpid(), files)
+        outputs = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+        files = tuple(sorted(path for path in outputs if Path(path).is_file()))
+        place = Place(ray.get_runtime_context().get_node_id(), os.getpid(), files)
+        logger.info("%s is process %d on node %s", type(self).__name__, place.pid, place.node)
+        return place
 
     @ray.method(concurrency_group="health")
     def beat(self) -> int:

@@ -48,11 +48,11 @@ Item = tuple[Question, Trajectory]
 @click.argument("overrides", nargs=-1)
 def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, overrides: Sequence[str]) -> None:
     store = complete(config, overrides)
-    settings = load_config(RunConfig, store.path / "config.yaml")
+    settings = load_config(RunConfig, store.folder.locate("config.yaml"))
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
-        CoordinatorClient(settings, store.path, reporter) as coordinator,
+        CoordinatorClient(settings, store.location, reporter) as coordinator,
     ):
         coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
         results = {

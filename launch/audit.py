@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import click
 
+from launch.checks import Existing
 from sapo_ray.audit import audit as audit_labels
 from sapo_ray.audit import audit_predictions
 from sapo_ray.config import RunConfig
@@ -17,13 +17,14 @@ from sapo_ray.data import LabelledTrajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.labelers import fixed_start_score, make_labeler
 from sapo_ray.models import Calibration
-from sapo_ray.store import Kind, RunDirectory, labelled_of, rollout_of
+from sapo_ray.shards import Kind
+from sapo_ray.store import RunDirectory, labelled_of, rollout_of
 
 IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_id", "rollouts": "rollout_id"}
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(exists=True, file_okay=False))
+@click.argument("run_dir", metavar="RUN", type=Existing(file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @click.pass_context
 def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
@@ -37,10 +38,9 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
       sapo audit runs/local
     """
     store = RunDirectory(run_dir)
-    path = Path(run_dir, "config.yaml")
-    if not path.is_file():
+    if not store.folder.has("config.yaml"):
         raise SapoError(f"{run_dir} is no run: it has no config.yaml")
-    config = load_config(RunConfig, path)
+    config = load_config(RunConfig, store.folder.locate("config.yaml"))
     checked, problems = Counter[str](), list[str]()
     for number in range(config.rounds + 1):
         if store.done(f"round-{number}/sample"):
@@ -79,7 +79,7 @@ def _audit_predictions(
     verifier = store.checkpoint("verifier", number - 1)
     calibration = Calibration.load(verifier)
     if calibration is None and config.labeling.uses_scores and fixed_start_score(config.labeling) is None:
-        yield f"{verifier.name} has no calibration.json, without which no prediction can be derived again"
+        yield f"{verifier} has no calibration.json, without which no prediction can be derived again"
         return
     start = 1.0 if calibration is None or calibration.start_score is None else calibration.start_score
     yield from audit_predictions(labelled, make_labeler(config.labeling, start, config.seed))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 import click
 
 from sapo_ray.errors import SapoError
+from sapo_ray.files import Folder, is_uri, reason
 
 
 class Checkpoint(click.ParamType):
@@ -21,24 +23,41 @@ class Checkpoint(click.ParamType):
         self._head = head
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        path = Path(value)
+        folder = Folder(value)
         try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            config = json.loads(folder.read("config.json"))
         except (OSError, ValueError):
-            self.fail(f"{path} is no checkpoint directory: it has no config.json that can be read", param, ctx)
+            self.fail(f"{value} is no checkpoint directory: it has no config.json that can be read", param, ctx)
         architecture = (config.get("architectures") or ["no architecture"])[0]
         if not architecture.endswith(self._head):
-            self.fail(f"{path} holds {architecture}; a …{self._head} is needed", param, ctx)
-        if not any(path.glob("*.safetensors")):
-            self.fail(f"{path} holds no weights (*.safetensors)", param, ctx)
+            self.fail(f"{value} holds {architecture}; a …{self._head} is needed", param, ctx)
+        if not any(name.endswith(".safetensors") for name in folder.sizes()):
+            self.fail(f"{value} holds no weights (*.safetensors)", param, ctx)
         return value
 
 
-def check_writable(name: str, path: Path) -> None:
-    """Raises SapoError where the directory `path` cannot be made or written. Leaves nothing behind."""
+class Existing(click.Path):
+    """A path that exists, or a URI, of which that is seen when it is read."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(exists=True, file_okay=file_okay)
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        return value if is_uri(str(value)) else super().convert(value, param, ctx)
+
+
+def check_writable(name: str, location: str) -> None:
+    """Raises SapoError where the folder `location` cannot be made or written. Leaves nothing behind."""
+    folder, probe = Folder(location), f".sapo-{uuid4().hex}"
     try:
-        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        with tempfile.TemporaryDirectory(prefix=".sapo-", dir=existing):
-            pass
+        if folder.path is None:
+            folder.write(probe, "")
+            folder.remove([probe])
+        else:
+            existing = next(parent for parent in (folder.path, *folder.path.parents) if parent.exists())
+            with tempfile.TemporaryDirectory(prefix=".sapo-", dir=existing):
+                pass
     except OSError as error:
-        raise SapoError(f"{name} {path} cannot be written: {error.strerror}; choose another directory") from error
+        raise SapoError(f"{name} {location} cannot be written: {reason(error)}; choose another directory") from error

@@ -40,7 +40,10 @@ error: command line: sft.epochs is 'many'; it must be int
 error: my.yaml: pairs.eta is 2.0; scores lie in 0 … 1, so it must lie between -1 and 1
 ```
 
-Keys below stand without the name of their section: `samples` under *sampling* is `sampling.samples`."""
+Keys below stand without the name of their section: `samples` under *sampling* is `sampling.samples`.
+
+A run that goes on must have the config it was begun with. Keys marked * may differ: they say how fast and where it
+works, not what comes of it. Samples of an engine that depend on what shares a batch depend on some of them, too."""
 
 
 def config_docs() -> str:
@@ -62,7 +65,8 @@ def config_docs() -> str:
 
 def _row(key: Key) -> str:
     default = key.default if isinstance(key.default, str) else json.dumps(key.default)
-    cells = (f"`{key.name.rpartition('.')[2]}`", key.type, f"`{default}`", " ".join(key.doc.split()))
+    name = f"`{key.name.rpartition('.')[2]}`" + (" *" if key.changeable else "")
+    cells = (name, key.type, f"`{default}`", " ".join(key.doc.split()))
     return f"| {' | '.join(cells)} |"
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from launch.checks import Checkpoint
+from launch.checks import Checkpoint, Existing
 from launch.progress import ConsoleReporter
 from launch.records import read_records
 from launch.session import ray_session
 from launch.tables import table_console
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory
@@ -30,7 +31,7 @@ from sapo_ray.tasks import make_task
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--reasoner", type=Checkpoint("ForCausalLM"), help="Directory; greedy, pass@k and majority accuracy.")
 @click.option("--verifier", type=Checkpoint("ForTokenClassification"), help="Directory; best-of-N, and step scores.")
-@click.option("--labels", type=click.Path(exists=True), help="Labelled steps (Parquet) to hold the verifier against.")
+@click.option("--labels", type=Existing(), help="Labelled steps (Parquet) to hold the verifier against.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one line of JSON.")
 def evaluate(
     config: str,
@@ -57,15 +58,16 @@ def evaluate(
     from actors.client import CoordinatorClient
 
     if reasoner:
-        check_engine_length(settings, make_task(settings.task), AutoTokenizer.from_pretrained(reasoner))
-    labelled = read_records(Path(labels), _labelled, "labelled trajectory") if labels else None
+        tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(reasoner, weights=False))
+        check_engine_length(settings, make_task(settings.task), tokenizer)
+    labelled = read_records(labels, _labelled, "labelled trajectory") if labels else None
     arguments = ("evaluate_labels", labelled) if labelled else ("evaluate", "evaluate")
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
-        CoordinatorClient(settings, Path.cwd(), reporter) as coordinator,
+        CoordinatorClient(settings, str(Path.cwd()), reporter) as coordinator,
     ):
-        if verifier and Calibration.load(Path(verifier)) is None:
+        if verifier and Calibration.load(verifier) is None:
             reporter.warn(f"{verifier} has no calibration.json: its threshold is taken as 0.5, its start score as 1")
         coordinator.use(reasoner=reasoner, verifier=verifier)
         reporter.begin("evaluate")

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from sapo_ray.errors import SapoError
+from sapo_ray.files import is_uri, refuse_credentials
 
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's name for the variable, in a job's first process only
 
@@ -17,6 +18,13 @@ def job_environment() -> dict[str, Any] | None:
 
 
 def check_outlives_job(name: str, path: str | None) -> None:
-    """Raises SapoError unless `path` is absolute: Ray removes the directory that a job runs in."""
-    if path is None or not os.path.isabs(path):
-        raise SapoError(f"{name} is {path or 'null'}; a job needs an absolute path on storage that every node sees")
+    """Raises SapoError unless `path` is absolute or a URI: Ray removes the directory that a job runs in.
+
+    So it does for a URI with credentials, which Ray would show with the job's command.
+    """
+    if path is None or not (is_uri(path) or os.path.isabs(path)):
+        raise SapoError(
+            f"{name} is {path or 'null'}; a job needs an absolute path or a URI, on storage that every node sees"
+        )
+    if is_uri(path):
+        refuse_credentials(path)

@@ -10,16 +10,18 @@ from typing import Any
 
 import click
 
-from launch.checks import Checkpoint, check_writable
+from launch.checks import Checkpoint, Existing, check_writable
 from launch.job import check_outlives_job, job_environment
 from launch.progress import ConsoleReporter
 from launch.records import read_records
 from launch.session import ray_session
 from sapo_ray.annotator import Annotation, distinct
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import Question, Trajectory
 from sapo_ray.errors import SapoError
+from sapo_ray.files import is_uri
 from sapo_ray.labelers import fixed_start_score, is_labelled
 from sapo_ray.limits import check_engine_length
 from sapo_ray.models import Calibration
@@ -31,7 +33,7 @@ Item = tuple[Question, Trajectory]
 
 @click.command()
 @click.argument("config", type=click.Path(dir_okay=False))
-@click.argument("trajectories", type=click.Path(exists=True))
+@click.argument("trajectories", type=Existing())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--reasoner", required=True, type=Checkpoint("ForCausalLM"), help="Checkpoint directory.")
 @click.option("--verifier", type=Checkpoint("ForTokenClassification"), help="Checkpoint directory; only saps uses it.")
@@ -60,16 +62,17 @@ def label(
     _require_scores(settings, verifier)
     if job_environment() is not None:
         check_outlives_job("--out", out)
-    if Path(out).exists():
+    store = RunDirectory(out)
+    if (not is_uri(out) and Path(out).exists()) or store.folder.sizes():
         raise SapoError(f"--out {out} exists already; name a new directory")
-    check_writable("--out", Path(out))
+    check_writable("--out", out)
     task = make_task(settings.task)
     from transformers import AutoTokenizer
 
     from actors.client import CoordinatorClient
 
-    check_engine_length(settings, task, AutoTokenizer.from_pretrained(reasoner))
-    items = read_trajectories(task, Path(trajectories))
+    check_engine_length(settings, task, AutoTokenizer.from_pretrained(local_checkpoint(reasoner, weights=False)))
+    items = read_trajectories(task, trajectories)
     chosen = [item for item in items if is_labelled(item[1], settings.labeling, settings.seed)]
     if not chosen:
         raise SapoError(
@@ -78,7 +81,7 @@ def label(
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
-        CoordinatorClient(settings, Path(out), reporter) as coordinator,
+        CoordinatorClient(settings, store.location, reporter) as coordinator,
     ):
         coordinator.use(reasoner=reasoner, verifier=verifier)
         reporter.begin("label")
@@ -88,13 +91,13 @@ def label(
         "trajectories": len(annotated),
         "left_out": len(items) - len(chosen),
         "quarantined": len(notes.get("quarantined", ())),
-        "labels": write_labels(RunDirectory(out), [annotation for _, annotation in annotated]),
+        "labels": write_labels(store, [annotation for _, annotation in annotated]),
         **notes["cost"],
     }
     click.echo(json.dumps(figures) if as_json else "\n".join(f"{k}: {v:,}" for k, v in figures.items()))
 
 
-def read_trajectories(task: Task, path: Path) -> list[Item]:
+def read_trajectories(task: Task, path: str) -> list[Item]:
     """A file's trajectories, each with its question. Raises SapoError for a record that does not fit, or for none."""
     questions = {q.id: q for split in SPLITS for q in task.questions(split)}
 
@@ -125,5 +128,5 @@ def _require_scores(settings: RunConfig, verifier: str | None) -> None:
         return
     if verifier is None:
         raise SapoError(f"labeling.labeler is {labeling.labeler}: name a --verifier, or another labeler")
-    if fixed_start_score(labeling) is None and Calibration.load(Path(verifier)) is None:
+    if fixed_start_score(labeling) is None and Calibration.load(verifier) is None:
         raise SapoError(f"{verifier} has no calibration.json: set labeling.start_score to a number")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sapo_ray.config_loader import config_files
 from sapo_ray.errors import SapoError
+from sapo_ray.files import is_uri
 
 UPLOAD_LIMIT = 100 * 2**20
 """Bytes of the largest request that Ray's job server takes."""
@@ -40,10 +41,13 @@ def pack(config: Path, package: Path) -> str:
 
 
 def _place(config: Path) -> dict[Path, Path]:
-    """Every file of a config by its path in the package, the config itself last: the checkout's, or under `config`."""
-    layers = config_files(os.path.relpath(config))  # from a relative path, only what is extended so is absolute
+    """Every file of a config by its path in the package, the config itself last: the checkout's, or under `config`.
+
+    What it extends by a URI is read from there wherever the job runs.
+    """
+    layers = [layer for layer in config_files(os.path.relpath(config)) if not is_uri(layer)]
     for layer in layers:
-        if layer.is_absolute():
+        if os.path.isabs(layer):  # the config's own path is relative here, so something extends this one
             raise SapoError(f"{config}: extends {layer}; a job needs it as a path relative to the file that extends it")
     found = [Path(os.path.abspath(layer)) for layer in layers]
     if all(file.is_relative_to(_PROJECT) for file in found):

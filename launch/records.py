@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from sapo_ray.errors import SapoError
-from sapo_ray.store import read_rows
+from sapo_ray.shards import read_rows
 
 Record = TypeVar("Record")
 
 
-def read_records(path: Path, parse: Callable[[Mapping[str, Any]], Record], what: str) -> list[Record]:
+def read_records(path: str, parse: Callable[[Mapping[str, Any]], Record], what: str) -> list[Record]:
     """A Parquet file's or directory's rows, parsed. Raises SapoError for the first that is no `what`, or for none.
 
     What `parse` raises as SapoError is told with the record's place before it.

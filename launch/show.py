@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
 
+from launch.checks import Existing
 from launch.tables import table_console
 from sapo_ray.errors import SapoError
 from sapo_ray.store import RunDirectory
 
 
 @click.command()
-@click.argument("run_directory", metavar="RUN", type=click.Path(exists=True, file_okay=False))
+@click.argument("run_directory", metavar="RUN", type=Existing(file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
 def show(run_directory: str, as_json: bool) -> None:
     """Show what the rounds of RUN came to.
@@ -25,10 +25,11 @@ def show(run_directory: str, as_json: bool) -> None:
     Example:
       sapo show runs/local
     """
+    store = RunDirectory(run_directory)
     try:
-        summary = RunDirectory(run_directory).summary()
+        summary = store.summary()
     except FileNotFoundError as error:
-        begun = Path(run_directory, "config.yaml").exists()
+        begun = store.folder.has("config.yaml")
         why = "no round of it has ended yet" if begun else "it is no run directory"
         raise SapoError(f"{run_directory} has no summary.json: {why}") from error
     except ValueError as error:

@@ -115,8 +115,9 @@ class _Check:
         stage: str,
         step: int,
     ) -> None:
-        self._solver, self._sampling, self._question, self._trajectory = solver, sampling, question, trajectory
+        self._solver, self._sampling, self._trajectory = solver, sampling, trajectory
         self._step, self._id = step, f"{stage}/{trajectory.id}/step-{step}"
+        self._prefix = solver.prefix(question, trajectory.steps[: step + 1])
         self._rule = PrefixCheck(config.rollouts, config.rollouts_in_flight, config.early_exit)
         self._solutions: dict[int, asyncio.Task[Solution]] = {}
 
@@ -147,8 +148,7 @@ class _Check:
         return [self._rollout(sample, await task, sample in kept) for sample, task in self._solutions.items()]
 
     async def _solve(self, sample: int) -> Solution:
-        prefix = self._trajectory.steps[: self._step + 1]
-        solution = await self._solver.solve(self._question, prefix, self._rollout_id(sample), self._sampling)
+        solution = await self._solver.solve(self._prefix, self._rollout_id(sample), self._sampling)
         self._rule.record(sample, solution.correct)
         return solution
 
@@ -159,7 +159,7 @@ class _Check:
         return Rollout(
             id=self._rollout_id(sample),
             trajectory_id=self._trajectory.id,
-            question_id=self._question.id,
+            question_id=self._prefix.question.id,
             branch_step=self._step,
             sample=sample,
             steps=solution.steps,

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sapo_ray.config_loader import changeable
 from sapo_ray.evaluator import EvaluationConfig
 from sapo_ray.labelers import LabelingConfig
 from sapo_ray.models import ModelConfig
 from sapo_ray.pairs import PairsConfig
-from sapo_ray.requests import EngineConfig, VerifierConfig
+from sapo_ray.requests import EngineConfig, SimulationConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
 from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks.chain import ChainConfig
@@ -35,12 +36,14 @@ class AlignConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class RayConfig:
-    num_cpus: int | None = None
+    num_cpus: int | None = changeable(None)
     """CPUs of the one-machine Ray that a run starts when it joins no cluster; all of the machine's if null."""
-    coordinator_cpus: float = 0.1
+    coordinator_cpus: float = changeable(0.1)
     """CPUs that Ray sets aside for the coordinator; may be a fraction."""
-    questions_in_flight: int = 64
+    questions_in_flight: int = changeable(64)
     """Questions begun and not yet written: bounds memory and holds back the source."""
+    questions_per_shard: int = changeable(256)
+    """Questions between two writes of a sampling stage: what a killed driver has done since the last is done again."""
 
     def __post_init__(self) -> None:
         if self.num_cpus is not None and self.num_cpus < 1:
@@ -49,21 +52,26 @@ class RayConfig:
             raise ValueError(f"coordinator_cpus is {self.coordinator_cpus}; it must not be negative")
         if self.questions_in_flight < 1:
             raise ValueError(f"questions_in_flight is {self.questions_in_flight}; it must be at least 1")
+        if self.questions_per_shard < 1:
+            raise ValueError(f"questions_per_shard is {self.questions_per_shard}; it must be at least 1")
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    run_dir: str | None = None
-    """Where the run's files go; `runs/<name of the config file>` if null."""
+    run_dir: str | None = changeable(None)
+    """Where the run's files go, a path or a URI such as `s3://bucket/run`; `runs/<name of the config file>` if null."""
     seed: int = 0
     """Seed of the random start, of every sample and of the order of training data."""
     rounds: int = 2
     """Rounds of self-evolution after round 0 (I)."""
     verify: bool = True
     """Train and use a verifier. Without one (the paper's "w/o RM") nothing is labelled and pairs go by result alone."""
-    placement: Literal["separate", "colocated"] = "separate"
+    placement: Literal["separate", "colocated"] = changeable("separate")
     """`separate`: engines and training workers are up at the same time. `colocated`: they take turns on the same
     devices; whoever is not at work gives its place back, and `trainer.keep_workers` does nothing."""
+    tracking: Literal["tensorboard", "wandb", "mlflow", "none"] = changeable("tensorboard")
+    """Where figures go beside metrics.jsonl: to TensorBoard's files in RUN/tensorboard, Weights & Biases, MLflow, or
+    nowhere. The environment says the rest, such as WANDB_API_KEY and MLFLOW_TRACKING_URI."""
     initial_labeler: Literal["omega", "shepherd", "outcome"] = "omega"
     """Who labels round 0, when there is no verifier yet."""
     task: ChainConfig = field(default_factory=ChainConfig)
@@ -85,9 +93,11 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured after every round."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """The rollout workers: vLLM."""
+    """The rollout workers."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     """The scoring workers."""
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    """What workers of kind null do: how often they err and how long they take."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """How pools of workers grow, shrink and mend themselves."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

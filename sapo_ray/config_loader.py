@@ -10,13 +10,13 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import io
 import itertools
-import os
 import re
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sapo_ray.errors import SapoError
+from sapo_ray.files import Folder, is_uri, joined, split
 
 T = TypeVar("T")
 
@@ -41,16 +42,27 @@ class Key:
     type: str
     default: object
     doc: str
+    changeable: bool = False
+
+
+def changeable(default: T) -> T:
+    """A field whose value may differ when a run goes on: it says how fast and where it works, not what comes of it."""
+    return field(default=default, metadata={"changeable": True})
+
+
+def changeable_keys(schema: type) -> set[str]:
+    """The names of a schema's keys that were declared `changeable`."""
+    return {key.name for key in describe(schema) if key.changeable}
 
 
 def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """The config in the file `path`, with overrides such as `train.lr=1e-3`, as an instance of `schema`.
+    """The config in the file `path`, which may be a URI, with overrides such as `train.lr=1e-3`, as a `schema`.
 
     Raises ConfigError for a file that cannot be read, an unknown key, a value of the wrong type or outside its
     choices, a key without a value, and a value that a dataclass's `__post_init__` refuses with a ValueError.
     """
     merge = _Merge(schema, str(path))
-    for source, values in _file_layers(Path(path), ()):
+    for source, values in _file_layers(str(path), ()):
         merge.add(source, values)
     for override in overrides:
         merge.add("command line", _parse_override(override))
@@ -60,9 +72,9 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
     return config
 
 
-def config_files(path: str | Path) -> list[Path]:
+def config_files(path: str | Path) -> list[str]:
     """The file `path` and those that it extends, outermost first. Raises ConfigError where one cannot be read."""
-    return [Path(source) for source, _ in _file_layers(Path(path), ())]
+    return [source for source, _ in _file_layers(str(path), ())]
 
 
 def to_yaml(config: object) -> str:
@@ -75,13 +87,14 @@ def to_yaml(config: object) -> str:
 def describe(schema: type) -> Iterator[Key]:
     """Every key of a schema but the sections, depth first and in the order of the source."""
     hints, docs = get_type_hints(schema), field_docs(schema)
-    for field in fields(schema):
-        section = _section(hints[field.name])
+    for entry in fields(schema):
+        section = _section(hints[entry.name])
         if section is not None:
-            yield from (Key(f"{field.name}.{k.name}", k.type, k.default, k.doc) for k in describe(section))
+            yield from (replace(key, name=f"{entry.name}.{key.name}") for key in describe(section))
             continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        yield Key(field.name, _type_name(hints[field.name]), default, docs.get(field.name, ""))
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        changes = entry.metadata.get("changeable", False)
+        yield Key(entry.name, _type_name(hints[entry.name]), default, docs.get(entry.name, ""), changes)
 
 
 def field_docs(schema: type) -> dict[str, str]:
@@ -90,8 +103,8 @@ def field_docs(schema: type) -> dict[str, str]:
     for cls in (c for c in reversed(schema.__mro__) if is_dataclass(c)):
         definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         assert isinstance(definition, ast.ClassDef)
-        for field, below in itertools.pairwise(definition.body):
-            match field, below:
+        for entry, below in itertools.pairwise(definition.body):
+            match entry, below:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
                     docs[name] = inspect.cleandoc(doc)
     return docs
@@ -177,7 +190,7 @@ class _Merge:
         return self.path
 
 
-def _file_layers(path: Path, children: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file_layers(path: str, children: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """`path` with its values, after the files that it extends, outermost first."""
     if path in children:
         raise ConfigError(f"{children[-1]}: extends goes round in a circle, back to {path}")
@@ -187,15 +200,16 @@ def _file_layers(path: Path, children: tuple[Path, ...]) -> Iterator[tuple[str, 
         raise ConfigError(f"{path}: no such file" + (f"; {children[-1]} extends it" if children else "")) from error
     base = values.pop("extends", None)
     if isinstance(base, str):
-        yield from _file_layers(Path(os.path.normpath(path.parent / base)), (*children, path))
+        yield from _file_layers(base if is_uri(base) else joined(split(path)[0], base), (*children, path))
     elif base is not None:
         raise ConfigError(f"{path}: extends is {base!r}; it must be the path of one YAML file")
-    yield str(path), values
+    yield path, values
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: str) -> dict[str, Any]:
+    folder, name = split(path)
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        values = OmegaConf.to_container(OmegaConf.load(io.BytesIO(Folder(folder).read(name))))
     except FileNotFoundError:
         raise
     except yaml.MarkedYAMLError as error:

@@ -32,10 +32,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, steps: Sequence[str]
     prompt_length, step_ends = len(ids), []
     if not ids:
         raise ValueError("an empty prompt has no tokens")
-    for number, step in enumerate(steps):
-        tokens = tokenizer.encode(step, add_special_tokens=False)
+    # One call for all steps: most of what a call costs does not depend on how much there is to encode.
+    encoded = tokenizer(list(steps), add_special_tokens=False)["input_ids"] if steps else []
+    for number, tokens in enumerate(encoded):
         if not tokens:
-            raise ValueError(f"step {number} ({step!r}) has no tokens")
+            raise ValueError(f"step {number} ({steps[number]!r}) has no tokens")
         ids += tokens
         step_ends.append(len(ids) - 1)
     if finished:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import SapoError
-from sapo_ray.store import write_text
+from sapo_ray.files import Folder
+from sapo_ray.manifest import recorded
+
+CALIBRATION_FILE = "calibration.json"
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class ModelConfig:
     path: str | None = None
-    """A Hugging Face checkpoint directory to start from; if null, a Qwen2 with random weights as the keys below say."""
+    """A Hugging Face checkpoint directory to start from, or the URI of a checkpoint of a run; if null, a Qwen2 with
+    random weights as the keys below say."""
     hidden_size: int = 128
     """Width of the residual stream."""
     layers: int = 6
@@ -70,10 +74,7 @@ def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:
 
 
 def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Path) -> None:
-    """Write a Qwen2 causal LM with random fp32 weights, and its character tokenizer, to the directory `path`.
-
-    The directory appears when it is complete.
-    """
+    """Write a Qwen2 causal LM with random fp32 weights, and its character tokenizer, into the directory `path`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -95,11 +96,8 @@ def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Pa
                 bos_token_id=None,
             )
         )
-    unfinished = path.with_name(path.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    _save(model, unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.replace(path)
+    _save(model, path)
+    tokenizer.save_pretrained(path)
 
 
 def _save(model: PreTrainedModel, path: Path) -> None:
@@ -127,23 +125,26 @@ class Calibration:
     threshold: float
 
     @staticmethod
-    def load(checkpoint: Path) -> Calibration | None:
-        """The calibration stored with a checkpoint, or None."""
-        path = checkpoint / "calibration.json"
-        return Calibration(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    def load(checkpoint: str) -> Calibration | None:
+        """The calibration stored with a checkpoint, or None. Raises DamagedError where it is not what was written."""
+        stored, folder = recorded(checkpoint).get(CALIBRATION_FILE), Folder(checkpoint)
+        if stored is None and not folder.has(CALIBRATION_FILE):
+            return None
+        return Calibration(**json.loads(stored.read() if stored else folder.read(CALIBRATION_FILE)))
 
-    def save(self, checkpoint: Path) -> None:
-        write_text(checkpoint / "calibration.json", json.dumps(asdict(self)))
+    def text(self) -> str:
+        """What is stored."""
+        return json.dumps(asdict(self))
 
 
-def parameter_count(checkpoint: Path) -> int:
-    """Number of weights in a checkpoint directory's safetensors files, read from their headers."""
-    from safetensors import safe_open
-
-    count = 0
-    for file in checkpoint.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+def parameter_count(checkpoint: str | Path) -> int:
+    """Number of weights in a checkpoint's safetensors files, read from their headers: nothing else is fetched."""
+    folder, count = Folder(checkpoint), 0
+    for name in folder.sizes():
+        if name.endswith(".safetensors"):
+            with folder.open(name) as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            count += sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
     if count == 0:
         raise FileNotFoundError(f"{checkpoint} holds no safetensors weights")
     return count
@@ -152,10 +153,11 @@ def parameter_count(checkpoint: Path) -> int:
 def base_tokenizer(config: ModelConfig, alphabet: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model that the config names or describes. Raises SapoError where it names none."""
     if config.path is not None:
-        if not Path(config.path, "config.json").is_file():
+        if not Folder(config.path).has("config.json"):
             raise SapoError(f"model.path {config.path} is no checkpoint directory: config.json is missing")
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.path)
+        path = local_checkpoint(config.path, weights=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
         return tokenizer
     return character_tokenizer(alphabet, config.max_length)

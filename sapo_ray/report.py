@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sapo_ray.annotator import Annotation, distinct
@@ -25,6 +24,22 @@ MEASURING = ("validation", "self-verification", "self-verification-aligned", "ev
 
 
 @dataclass
+class Sum:
+    """A sum of figures, and how many there were."""
+
+    total: float = 0.0
+    terms: int = 0
+
+    def add(self, figure: float) -> None:
+        self.total += figure
+        self.terms += 1
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.terms if self.terms else None
+
+
+@dataclass
 class StreamReport:
     """Counts over a stream of sampled and labelled trajectories, without keeping them."""
 
@@ -32,8 +47,22 @@ class StreamReport:
     counts: Counter[str] = field(default_factory=Counter)
     cases: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
-    drops: list[float] = field(default_factory=list)
-    repeats: list[float] = field(default_factory=list)
+    drops: Sum = field(default_factory=Sum)
+    repeats: Sum = field(default_factory=Sum)
+
+    @staticmethod
+    def restored(start_score: float | None, state: Mapping[str, Mapping[str, Any]] | None) -> StreamReport:
+        """The report that `state` was taken of; an empty one without."""
+        if state is None:
+            return StreamReport(start_score)
+        counts = {name: Counter(state[name]) for name in ("counts", "cases", "steps")}
+        return StreamReport(start_score, **counts, drops=Sum(**state["drops"]), repeats=Sum(**state["repeats"]))
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What was counted so far, as JSON."""
+        counts = {"counts": self.counts, "cases": self.cases, "steps": self.steps}
+        sums = {"drops": asdict(self.drops), "repeats": asdict(self.repeats)}
+        return {**{name: dict(count) for name, count in counts.items()}, **sums}
 
     def add(self, trajectories: Sequence[Trajectory], annotations: Sequence[Annotation]) -> None:
         """Count one question's trajectories and the rows that became of them, repeated ones left out."""
@@ -45,20 +74,21 @@ class StreamReport:
         self.counts["expanded"] += sum(row.parent_id is not None for row in rows)
         self.steps.update(label_counts(rows))
         if (repeats := repetitiveness(trajectories)) is not None:
-            self.repeats.append(repeats)
+            self.repeats.add(repeats)
         for annotation in annotations:
             row = annotation.labelled[0]
             self.cases.update([row.case] if row.case else [])
             if row.scores is not None:
-                self.drops.append(largest_drop(row.scores, 1.0 if self.start_score is None else self.start_score))
+                drop = largest_drop(row.scores, 1.0 if self.start_score is None else self.start_score)
+                self.drops.add(drop)
 
     def notes(self) -> dict[str, Any]:
         return {
             "trajectories": dict(self.counts),
             "cases": dict(self.cases),
             "step_labels": dict(self.steps),
-            "mean_largest_drop": fmean(self.drops) if self.drops else None,
-            "repetitiveness": fmean(self.repeats) if self.repeats else None,
+            "mean_largest_drop": self.drops.mean,
+            "repetitiveness": self.repeats.mean,
         }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sapo_ray.config_loader import changeable
 from sapo_ray.encoding import Encoded
 
 
@@ -60,19 +62,19 @@ class ScoreRequest:
 
 @dataclass(kw_only=True)
 class PoolConfig:
-    workers: int = 1
+    workers: int = changeable(1)
     """Workers that are always up, each with a model of its own; may be 0 where `max_workers` is set."""
-    max_workers: int | None = None
+    max_workers: int | None = changeable(None)
     """Workers that a backlog may grow the pool to (see `scaling`); never more than `workers` if null."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = changeable(1.0)
     """CPUs that Ray reserves for a worker."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = changeable(0.0)
     """GPUs that Ray reserves for a worker; 0 has it work on the CPU."""
-    threads: int = 0
+    threads: int = changeable(0)
     """CPU threads of a worker; 0 takes `cpus_per_worker`, rounded down, and at least one."""
-    batch_size: int = 16
+    batch_size: int = changeable(16)
     """Most requests in one call of a worker."""
-    in_flight: int = 16
+    in_flight: int = changeable(16)
     """Calls a worker has at once; `batch_size * in_flight` well above what it works on at once keeps it busy."""
 
     @property
@@ -93,28 +95,50 @@ class PoolConfig:
 
 
 @dataclass(kw_only=True)
+class SimulationConfig:
+    error_rate: float = 0.1
+    """Chance that a step of a null reasoner states another value than it should; later steps go on from that."""
+    token_seconds: float = changeable(0.0)
+    """Mean seconds that a null reasoner takes over a token of a completion; 0 answers at once."""
+    score_seconds: float = changeable(0.0)
+    """Mean seconds that a null verifier takes over a trajectory; 0 answers at once."""
+    sigma: float = changeable(0.5)
+    """Standard deviation of the logarithm of what a request takes, which is log-normal."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.error_rate <= 1:
+            raise ValueError(f"error_rate is {self.error_rate}; it must lie between 0 and 1")
+        for key in ("token_seconds", "score_seconds", "sigma"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be a number and not negative")
+
+
+@dataclass(kw_only=True)
 class EngineConfig(PoolConfig):
-    tensor_parallel_size: int = 1
+    kind: Literal["vllm"] | None = "vllm"
+    """`vllm`, or null: workers without a model, for tests and benchmarks of all but the engine. They solve the prompt's
+    question, with seeded mistakes and delays (see `simulation`); of a checkpoint they read the tokenizer only."""
+    tensor_parallel_size: int = changeable(1)
     """GPUs of one node that an engine spreads its weights over; at most `gpus_per_worker`."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Type of weights and activations; `auto` takes the checkpoint's."""
     max_model_len: int = 512
     """Longest prompt and completion together, in tokens."""
-    max_num_seqs: int = 64
+    max_num_seqs: int = changeable(64)
     """Sequences an engine decodes at once."""
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = changeable(8192)
     """Tokens an engine works on in one step; on a CPU at least `max_model_len`, since prompts are not cut there."""
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float = changeable(1.0)
     """Key-value cache of an engine in GiB; 0 lets vLLM take the share `gpu_memory_utilization` of the device."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = changeable(0.9)
     """Share of the device's memory an engine may use, where `kv_cache_gib` is 0."""
-    block_size: int = 32
+    block_size: int = changeable(32)
     """Tokens in a block of the key-value cache: prefixes are shared in whole blocks."""
-    prefix_caching: bool = True
+    prefix_caching: bool = changeable(True)
     """Keep the keys and values of prefixes, so that completions of one prefix compute it once."""
-    enforce_eager: bool = True
+    enforce_eager: bool = changeable(True)
     """Do without compilation, which costs start-up time and pays off on GPUs."""
-    sleep: bool = False
+    sleep: bool = changeable(False)
     """Where `placement` is `colocated`: keep the engine's process and have it give back its memory only (vLLM's sleep
     mode, GPUs only), instead of ending it. `gpus_per_worker` must then leave the trainer a fraction of the device."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -147,15 +171,18 @@ class EngineConfig(PoolConfig):
 
 @dataclass(kw_only=True)
 class VerifierConfig(PoolConfig):
-    cpus_per_worker: float = 0.5
+    kind: Literal["model"] | None = "model"
+    """`model`, or null: workers without a model, for tests and benchmarks of all but the engine. They score most right
+    steps near 0.9 and all others at random, by the request; of a checkpoint they read the tokenizer only."""
+    cpus_per_worker: float = changeable(0.5)
     """CPUs that Ray reserves for a worker."""
-    batch_size: int = 32
+    batch_size: int = changeable(32)
     """Most trajectories in one call of a worker."""
-    in_flight: int = 2
+    in_flight: int = changeable(2)
     """Calls a worker has at once: one that it works on, the others waiting."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of weights and activations; scores are always fp32."""
-    batch_tokens: int = 4096
+    batch_tokens: int = changeable(4096)
     """Most tokens in a forward pass, padding included; a longer trajectory gets a pass of its own."""
 
     def __post_init__(self) -> None:

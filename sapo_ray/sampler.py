@@ -62,6 +62,19 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first steps of a question's solution, encoded once for all completions that go on from them.
+
+    `solution_tokens` of the `prompt_ids` are those of the steps.
+    """
+
+    question: Question
+    steps: tuple[str, ...]
+    prompt_ids: tuple[int, ...]
+    solution_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Solution:
     """A completion, read: the steps it adds to its prefix, and the answer of the whole."""
 
@@ -77,18 +90,22 @@ class Solver:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, generate: Generate, seed: int) -> None:
         self.task, self._tokenizer, self._generate, self._seed = task, tokenizer, generate, seed
 
-    async def solve(self, question: Question, prefix: Sequence[str], request_id: str, sampling: Sampling) -> Solution:
+    def prefix(self, question: Question, steps: tuple[str, ...] = ()) -> Prefix:
+        """A prefix of a solution of `question`; the bare question without `steps`."""
+        encoded = encode(self._tokenizer, self.task.prompt(question.text), steps)
+        return Prefix(question, steps, tuple(encoded.ids), len(encoded.ids) - encoded.prompt_length)
+
+    async def solve(self, prefix: Prefix, request_id: str, sampling: Sampling) -> Solution:
         """One completion of a prefix, sampled with the seed that belongs to the request's id.
 
         The prefix counts towards `max_tokens`; where it leaves nothing, one token is sampled. What the limit cuts off
         loses its last step, which is unfinished.
         """
-        prompt = encode(self._tokenizer, self.task.prompt(question.text), prefix)
-        left = sampling.max_tokens - (len(prompt.ids) - prompt.prompt_length)
+        left = sampling.max_tokens - prefix.solution_tokens
         completion = await self._generate(
             GenerateRequest(
                 id=request_id,
-                prompt_ids=tuple(prompt.ids),
+                prompt_ids=prefix.prompt_ids,
                 seed=seed_of(self._seed, request_id),
                 sampling=replace(sampling, max_tokens=max(1, left)),
             )
@@ -96,8 +113,9 @@ class Solver:
         steps = self.task.split(completion.text)
         if not completion.finished:
             steps = steps[:-1]
-        answer = self.task.answer([*prefix, *steps]) if completion.finished else None
-        return Solution(steps, answer, self.task.is_correct(answer, question.answer), not completion.finished)
+        answer = self.task.answer([*prefix.steps, *steps]) if completion.finished else None
+        correct = self.task.is_correct(answer, prefix.question.answer)
+        return Solution(steps, answer, correct, not completion.finished)
 
 
 class Sampler:
@@ -110,7 +128,8 @@ class Sampler:
         self, question: Question, stage: str, numbers: Sequence[int], *, greedy: bool = False
     ) -> list[Trajectory]:
         """The samples with these numbers, repeats and empty ones included."""
-        return await together(self._one(question, f"{stage}/{question.id}/{k}", greedy) for k in numbers)
+        prefix, decoding = self._solver.prefix(question), self._config.decoding(greedy=greedy)
+        return await together(self._one(prefix, f"{stage}/{question.id}/{k}", decoding) for k in numbers)
 
     async def unique(self, question: Question, stage: str) -> list[Trajectory]:
         """At least `samples` samples, and on until `min_unique` different ones are found or `max_samples` drawn.
@@ -128,12 +147,12 @@ class Sampler:
             drawn += more
         return list(found.values())
 
-    async def _one(self, question: Question, request_id: str, greedy: bool) -> Trajectory:
-        solution = await self._solver.solve(question, (), request_id, self._config.decoding(greedy=greedy))
+    async def _one(self, prefix: Prefix, request_id: str, decoding: Sampling) -> Trajectory:
+        solution = await self._solver.solve(prefix, request_id, decoding)
         return Trajectory(
             id=request_id,
-            question_id=question.id,
-            question=question.text,
+            question_id=prefix.question.id,
+            question=prefix.question.text,
             steps=solution.steps,
             answer=solution.answer,
             correct=solution.correct,

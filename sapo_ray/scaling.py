@@ -7,19 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
+from sapo_ray.config_loader import changeable
+
 
 @dataclass(kw_only=True)
 class ScalingConfig:
-    grow_after: float = 60.0
+    grow_after: float = changeable(60.0)
     """Seconds: workers are added while what waits would take those present longer, at the measured rate."""
-    shrink_after: float = 120.0
+    shrink_after: float = changeable(120.0)
     """Seconds without work after which a worker is ended, down to `workers`."""
-    hang_after: float = 600.0
+    hang_after: float = changeable(600.0)
     """Seconds in which a worker with work does nothing, or does not answer at all, before it is taken for hung and
     replaced."""
-    max_kills: int = 3
+    max_kills: int = changeable(3)
     """Workers that may die over a request before it is set aside; the run goes on without its question."""
-    hedge_after: float = 0.0
+    hedge_after: float = changeable(0.0)
     """Seconds after which a request in flight goes to a second worker, too, and the first answer counts; 0: never."""
 
     def __post_init__(self) -> None:

@@ -1,30 +1,22 @@
-"""The run directory: the truth about a run. What is written appears whole or not at all.
+"""The run directory: the truth about a run, on any file system that pyarrow reaches.
 
-    RUN/config.yaml  metrics.jsonl  summary.json  manifest.json
+    RUN/config.yaml  metrics.jsonl  summary.json  manifest.json  lease.json
     RUN/round-0/{original,validation}/  RUN/round-i/{trajectories,labels,rollouts,pairs}/part-00000.parquet …
-    RUN/checkpoints/{reasoner,verifier}-i/
+    RUN/checkpoints/{base,reasoner-i,verifier-i}/
 
-A stage is entered in the manifest once all it wrote is in place; a stage that is not in the manifest is redone.
+A stage is entered in the manifest, with its files, once all of them are in place. One that is not there is done
+(again); a sampling stage goes on from its progress record (`StageWriter`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from sapo_ray.data import (
-    LABELS,
-    PAIRS,
-    ROLLOUTS,
-    TRAJECTORIES,
     Estimate,
     LabelledTrajectory,
     PreferencePair,
@@ -32,45 +24,68 @@ from sapo_ray.data import (
     Trajectory,
 )
 from sapo_ray.errors import SapoError
+from sapo_ray.files import Folder, split
+from sapo_ray.manifest import (
+    DamagedError,
+    Files,
+    Manifest,
+    check_files,
+    check_sizes,
+    record_of,
+    recorded,
+    records_of,
+    remedy,
+    to_json,
+)
+from sapo_ray.shards import PROGRESS, SCHEMAS, Kind, ShardWriter, StageWriter, progress_file, read_progress, read_rows
+from sapo_ray.training import RESULT_FILE
 
-Kind = Literal["original", "validation", "trajectories", "labels", "rollouts", "pairs"]
-SCHEMAS: dict[Kind, pa.Schema] = {
-    "original": TRAJECTORIES,
-    "validation": TRAJECTORIES,
-    "trajectories": TRAJECTORIES,
-    "labels": LABELS,
-    "rollouts": ROLLOUTS,
-    "pairs": PAIRS,
-}
-_SHARD_ROWS = 4096
+Role = Literal["reasoner", "verifier"]
+_METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
 
 
 class RunDirectory:
-    """One run's files. Creating the object touches nothing; `create` makes the directory."""
+    """One run's files, at a path or URI. Creating the object touches nothing; `create` makes the directory."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, location: str | Path) -> None:
+        """Raises SapoError for a URI that cannot be opened, or that holds credentials."""
+        self.folder = Folder(location)
+        self.location = self.folder.location
+
+    @property
+    def path(self) -> Path:
+        """The directory of a run that has a local path."""
+        assert self.folder.path is not None
+        return self.folder.path
+
+    @property
+    def name(self) -> str:
+        """The run's name in logs, metrics and trackers."""
+        return split(self.location)[1]
 
     def create(self) -> None:
         """Make the directory. Raises OSError where it cannot be made or written."""
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if self.folder.path is not None:
+            (self.folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
 
-    def checkpoint(self, role: Literal["reasoner", "verifier"], number: int | str) -> Path:
-        return self.path / "checkpoints" / f"{role}-{number}"
+    def checkpoint(self, role: Role, number: int) -> str:
+        """Where a checkpoint lies; `local_checkpoint` makes it a directory of a node."""
+        return self.folder.locate(checkpoint_name(role, number))
 
-    def dataset(self, round_number: int, kind: Kind) -> Path:
-        return self.path / f"round-{round_number}" / kind
+    def dataset(self, round_number: int, kind: Kind) -> str:
+        """Where a data set lies; `read_rows` reads it."""
+        return self.folder.locate(f"round-{round_number}/{kind}")
 
     def writer(self, round_number: int, kind: Kind) -> ShardWriter:
-        """A writer for one data set of a stage that (re)starts: what an interrupted attempt left there is removed."""
-        folder = self.dataset(round_number, kind)
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        return ShardWriter(folder, SCHEMAS[kind])
+        """A writer for one data set that is written anew: what an earlier attempt left there is removed."""
+        return ShardWriter(self.folder, f"round-{round_number}/{kind}", SCHEMAS[kind], {})
+
+    def stage_writer(self, stage: str, kinds: Sequence[Kind], every: int) -> StageWriter:
+        """A writer for the data sets of a stage, which goes on where an interrupted attempt stopped."""
+        return StageWriter(self.folder, stage, kinds, every)
 
     def read(self, round_number: int, kind: Kind) -> Iterator[dict[str, Any]]:
-        """The rows of a data set, shard by shard; none where it was never written."""
+        """The rows of a data set, shard by shard; none where it was never written. Raises DamagedError."""
         yield from read_rows(self.dataset(round_number, kind))
 
     def trajectories_until(self, round_number: int) -> list[Trajectory]:
@@ -87,90 +102,122 @@ class RunDirectory:
         """What a finished stage noted about itself, or None where it has not finished."""
         return self.stages().get(stage)
 
-    def stages(self) -> dict[str, Any]:
-        """Every finished stage with its notes."""
-        path = self.path / "manifest.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Every finished stage with its notes, in the order in which they finished."""
+        return Manifest(self.folder).stages()
 
     def finish(self, stage: str, notes: Mapping[str, Any]) -> None:
-        """Enter a stage in the manifest."""
-        path = self.path / "manifest.json"
-        write_text(path, _json(path, {**self.stages(), stage: notes}, indent=1))
+        """Enter a stage in the manifest: its notes, among them as `files` the records of what it wrote."""
+        Manifest(self.folder).enter(stage, notes)
+        self._remove_progress(progress_file(stage))
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        line = _json(path, record) + "\n"
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
+    def check(self) -> list[str]:
+        """Hold the finished stages' files against the manifest; what has to be done again on that account, in words.
+
+        Of all files the sizes are compared, which reads none; those of the last stage that wrote any are read, too. The
+        last stage is forgotten where one of its files is damaged, and so is the progress of an unfinished one. Raises
+        DamagedError where later stages have finished: the file may have gone into what they made.
+        """
+        manifest, sizes = Manifest(self.folder), self.folder.sizes()
+        last, redone = next(reversed(manifest.stages()), None), []
+        written = {stage: files for stage, files in manifest.files().items() if files}
+        for number, (stage, files) in enumerate(written.items(), 1):
+            try:
+                with remedy(stage):
+                    check_sizes(self.folder, files, sizes)
+                    if number == len(written):
+                        check_files(self.folder, files)
+            except DamagedError as error:
+                if stage != last:
+                    raise
+                redone.append(f"{error.__cause__}; {stage} is done again")
+                self.forget(stage)
+        return redone + self._check_progress()
+
+    def _check_progress(self) -> list[str]:
+        redone = []
+        for name in [name for name in self.folder.sizes() if name.endswith(PROGRESS)]:
+            try:
+                check_files(self.folder, read_progress(self.folder, name)["files"])
+            except (DamagedError, ValueError) as error:
+                redone.append(f"{error}; {name.removesuffix(PROGRESS)} begins anew")
+                self._remove_progress(name)
+        return redone
+
+    def check_finished(self, stage: str) -> None:
+        """Raises SapoError for a stage that has not finished."""
+        if stage not in (stages := self.stages()):
+            raise SapoError(
+                f"{self.location}: {stage} is no finished stage; finished are {', '.join(stages) or 'none'}"
+            )
+
+    def forget(self, stage: str) -> list[str]:
+        """Take a stage and all that finished after it out of the manifest, and remove their files; their names.
+
+        So are all other files of data sets and checkpoints that no finished stage names: an unfinished stage began from
+        what is now forgotten. Raises SapoError for a stage that has not finished.
+        """
+        self.check_finished(stage)
+        manifest = Manifest(self.folder)
+        forgotten = manifest.forget(stage)
+        kept = {name for files in manifest.files().values() for name in files}
+        present = {name for name in self.folder.sizes() if name.startswith(("round-", "checkpoints/"))}
+        emptied = _folders(present) - _folders(kept)
+        for folder in emptied:
+            self.folder.clear(folder)
+        self.folder.remove(name for name in present - kept if not _folders([name]) & emptied)
+        return forgotten
+
+    def _remove_progress(self, name: str) -> None:
+        if self.folder.has(name):
+            self.folder.remove([name])
+
+    def write_file(self, name: str, text: str) -> Files:
+        """Write a file of a stage; its record."""
+        self.folder.write(name, text)
+        return {name: record_of(text.encode())}
+
+    def put(self, source: Path, name: str) -> Files:
+        """Put a local directory, from `Folder.staging`, in the place of the folder `name`; its files' records."""
+        files = records_of(source)
+        self.folder.put(source, name)
+        return {f"{name}/{file}": record for file, record in files.items()}
+
+    def trained(self, checkpoint: str, files: Files) -> Files:
+        """The records of a checkpoint that a training has put into the run, named relative to the run."""
+        result = {RESULT_FILE: record_of(self.folder.read(f"{checkpoint}/{RESULT_FILE}"))}
+        return {f"{checkpoint}/{file}": record for file, record in {**files, **result}.items()}
+
+    def copy_checkpoint(self, source: str, target: str) -> Files:
+        """Copy a checkpoint of finished stages, by name; the records of the copy's files."""
+        self.folder.copy(source, target)
+        entries = recorded(self.folder.locate(source))
+        return {f"{target}/{file}": entry.record for file, entry in entries.items()}
+
+    def log(self, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Put a stage's lines at the end of metrics.jsonl, in place of those of an earlier attempt."""
+        location = self.folder.locate(_METRICS)
+        lines = self.folder.read(_METRICS).decode().splitlines() if self.folder.has(_METRICS) else []
+        lines = [line for line in lines if json.loads(line)["stage"] != stage]
+        lines += [to_json(location, {"stage": stage, **record}) for record in records]
+        self.folder.write(_METRICS, "".join(f"{line}\n" for line in lines))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        path = self.path / "summary.json"
-        write_text(path, _json(path, summary, indent=1))
+        self.folder.write(_SUMMARY, to_json(self.folder.locate(_SUMMARY), summary, indent=1))
 
     def summary(self) -> dict[str, Any]:
         """Raises FileNotFoundError where no round has ended yet."""
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(self.folder.read(_SUMMARY))  # type: ignore[no-any-return]
 
 
-class ShardWriter:
-    """Collects rows and writes them as Parquet shards of at most 4,096 rows. `close` writes the last one."""
-
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
-        self._folder, self._schema = folder, schema
-        self._rows: list[dict[str, Any]] = []
-        self._shards = 0
-        self.rows = 0
-
-    def extend(self, rows: Iterable[dict[str, Any]]) -> None:
-        for row in rows:
-            self._rows.append(row)
-            self.rows += 1
-            if len(self._rows) == _SHARD_ROWS:
-                self._flush()
-
-    def close(self) -> None:
-        if self._rows or not self._shards:
-            self._flush()
-
-    def _flush(self) -> None:
-        target = self._folder / f"part-{self._shards:05d}.parquet"
-        temporary = target.with_suffix(".tmp")
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=self._schema), temporary)
-        os.replace(temporary, target)
-        self._shards += 1
-        self._rows = []
+def checkpoint_name(role: Role, number: int) -> str:
+    """The name of a checkpoint's folder in its run."""
+    return f"checkpoints/{role}-{number}"
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, or of the shards in a directory in their order; a directory that is absent has none.
-
-    Raises SapoError for a file that is absent (a name in `.parquet` is a file's) or cannot be read.
-    """
-    is_file = path.is_file() or (path.suffix == ".parquet" and not path.is_dir())
-    for file in [path] if is_file else sorted(path.glob("*.parquet")):
-        try:
-            shard = pq.ParquetFile(file)
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).partition("\n")[0] if file.exists() else "no such file"
-            raise SapoError(f"{file} cannot be read: {reason}") from error
-        for batch in shard.iter_batches():
-            yield from batch.to_pylist()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _json(path: Path, value: Mapping[str, Any], indent: int | None = None) -> str:
-    """Text for the file `path`. Raises SapoError for a NaN or an infinity: JSON has no word for them."""
-    try:
-        return json.dumps(value, indent=indent, allow_nan=False)
-    except ValueError as error:
-        raise SapoError(f"{path}: a figure is not a number: {error}") from error
+def _folders(names: Iterable[str]) -> set[str]:
+    """The data sets and checkpoints that these files belong to."""
+    return {"/".join(name.split("/")[:2]) for name in names if name.count("/") > 1}
 
 
 def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from sapo_ray.config_loader import changeable, changeable_keys
+from sapo_ray.files import Folder, relative, split
+from sapo_ray.manifest import DamagedError, Files, check_sizes
 
 RESULT_FILE = "training.json"
 """Stands in every exported checkpoint: the fingerprint of the job that made it, and its result."""
@@ -24,7 +26,7 @@ class TrainConfig:
     """Stop after this many updates, where the epochs hold more. The schedule runs over those that are made."""
     batch_size: int = 32
     """Examples (a pair is one) an update learns from, over all workers."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = changeable(8192)
     """Most tokens, padding included, of a worker's forward pass. At least 2 * max_tokens, so that a pair fits."""
     max_tokens: int = 512
     """Longest sequence, prompt included."""
@@ -48,12 +50,12 @@ class TrainConfig:
     """Longest gradient, as a 2-norm over all parameters; 0 leaves it alone."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the forward and backward passes and of the exported weights. bf16 keeps fp32 master weights."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = changeable(False)
     """Recompute activations in the backward pass: a third more FLOPs, far less memory."""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients as well, 3 weights as well. 0 adds up the
     gradients of an update's micro-batches in `dtype`, the others in fp32."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = changeable(0)
     """Updates between mid-training checkpoints, from which an interrupted training goes on; 0 makes none."""
 
     def __post_init__(self) -> None:
@@ -81,17 +83,17 @@ class TrainConfig:
 class TrainerConfig:
     """The group of training workers. One group serves every training of a run."""
 
-    workers: int = 1
+    workers: int = changeable(1)
     """Data-parallel workers."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = changeable(1.0)
     """CPUs that Ray sets aside for each; may be a fraction."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = changeable(0.0)
     """GPUs that Ray sets aside for each. Above 0: NCCL on CUDA; 0: gloo on CPUs."""
-    threads_per_worker: int = 1
+    threads_per_worker: int = changeable(1)
     """Torch's threads in each."""
-    keep_workers: bool = True
+    keep_workers: bool = changeable(True)
     """Keep the group between trainings (a start costs some 25 s of imports). False frees its CPUs, GPUs and memory."""
-    max_failures: int = 3
+    max_failures: int = changeable(3)
     """Worker crashes that a group survives; the training goes on from its last mid-training checkpoint."""
 
     def __post_init__(self) -> None:
@@ -127,14 +129,19 @@ class TrainJob:
     seed: int
     params: Mapping[str, float] = field(default_factory=dict)
     """Parameters of the objective, such as ORPO's beta."""
+    run: str = "-"
+    """Name of the run that it belongs to, in logs and metrics."""
+    stage: str = "-"
+    """Name of the run's stage, there too."""
 
     def fingerprint(self, workers: int) -> dict[str, Any]:
         """What must stay the same for a training to go on or to count as done. Paths are relative to `out`'s parent,
         so that a run directory can be moved."""
-        home = Path(self.out).parent
-        init, *data = (os.path.relpath(p, home) if os.path.isabs(p) else p for p in (self.init, *self.data))
+        home, _ = split(self.out)
+        init, *data = (relative(location, home) for location in (self.init, *self.data))
+        safe = changeable_keys(type(self.config))
         return {
-            **vars(self.config),
+            **{key: value for key, value in vars(self.config).items() if key not in safe},
             "objective": self.objective,
             "params": dict(self.params),
             "init": init,
@@ -167,29 +174,40 @@ class TrainResult:
     """Update whose mid-training checkpoint the last attempt started from; 0 for a fresh start."""
     metrics: list[dict[str, float]]
     """For each update: `update` (from 1), `loss`, its terms by name, `lr`, `grad_norm` (before clipping), `tokens`."""
+    files: Files
+    """The checkpoint's files, but for the one that holds this result."""
 
 
 def finished(job: TrainJob, workers: int) -> TrainResult | None:
     """The result stored in `job.out`, or None where nothing is there.
 
-    Raises FileExistsError where something else is there, ValueError where another job's checkpoint is.
+    Raises FileExistsError where something else is there, ValueError where another job's checkpoint is, DamagedError
+    where one of its files has another size.
     """
-    if not Path(job.out).exists():
-        return None
-    path = Path(job.out, RESULT_FILE)
-    if not path.exists():
-        raise FileExistsError(f"{job.out} exists and is no finished training; remove it or name another directory")
-    stored = json.loads(path.read_text())
-    check_same_job(stored["job"], job.fingerprint(workers), path)
-    return TrainResult(**{**stored["result"], "checkpoint": job.out})
+    out = Folder(job.out)
+    try:
+        stored = json.loads(out.read(RESULT_FILE))
+    except FileNotFoundError:
+        if out.path is None or not out.path.exists():  # an object store may hold a part of what was being put there
+            return None
+        raise FileExistsError(
+            f"{job.out} exists and is no finished training; remove it or name another directory"
+        ) from None
+    check_same_job(stored["job"], job.fingerprint(workers), out.locate(RESULT_FILE))
+    result = TrainResult(**{**stored["result"], "checkpoint": job.out})
+    try:
+        check_sizes(out, result.files, out.sizes())
+    except DamagedError as error:
+        raise DamagedError(f"{error}; remove {job.out} to train it again") from error
+    return result
 
 
-def check_same_job(stored: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
+def check_same_job(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str) -> None:
     """Raises ValueError that names the first key in which a job's fingerprint differs from the one stored at `path`."""
     for key, value in asked.items():
         if stored.get(key) != value:
             raise ValueError(
-                f"{path}: {key} was {stored.get(key)!r} and is now {value!r}; restore it or remove {path.parent}"
+                f"{path}: {key} was {stored.get(key)!r} and is now {value!r}; restore it or remove {split(path)[0]}"
             )
 
 

@@ -26,7 +26,7 @@ import math
 import random
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -189,14 +189,8 @@ class Chain:
         values, done = program.values, 0
         strict, reachable = [], []
         for number, step in enumerate(steps):
-            strict.append(0)
-            if stated := self._read(step):
-                target, value = stated
-                if (found := program.find(target, done)) is not None:
-                    values = program.run(self.config.modulus, values, done, found)
-                    strict[-1] = int(step.removesuffix("\n") == self._line(program.statements[found], values))
-                    done = found + 1
-                values = {**values, target: value}
+            values, done, is_strict = self._follow(program, values, done, step)
+            strict.append(int(is_strict))
             finished = done == len(program.statements)
             answer = self.answer(steps[: number + 1]) if finished else self._finish(program, values, done)
             reachable.append(int(self.is_correct(answer, question.answer)))
@@ -209,13 +203,36 @@ class Chain:
             raise ValueError(f"{text!r} is no chain problem of the level {self.config.level}")
         return _parse_variables(text) if self.config.level == "variables" else _parse_accumulator(text)
 
-    def solve(self, program: Program) -> tuple[str, ...]:
-        """The worked solution: one line a statement, each ended by a newline."""
-        values, lines = program.values, []
-        for i, statement in enumerate(program.statements):
-            lines.append(self._line(statement, values) + "\n")
-            values = program.run(self.config.modulus, values, i, i + 1)
+    def solve(
+        self, program: Program, steps: Iterable[str] = (), slip: Callable[[int], int] = lambda result: result
+    ) -> tuple[str, ...]:
+        """The worked solution, from the values on that `steps` state: one line a statement, each ended by a newline.
+
+        Every result passes through `slip`, which may make a mistake of it that later lines go on from.
+        """
+        values, done, lines = program.values, 0, []
+        for step in steps:
+            values, done, _ = self._follow(program, values, done, step)
+        for statement in program.statements[done:]:
+            result = slip(self._result(statement, values))
+            lines.append(self._line(statement, values, result) + "\n")
+            values = {**values, statement.target: result}
         return tuple(lines)
+
+    def _follow(
+        self, program: Program, values: dict[str, int], done: int, step: str
+    ) -> tuple[dict[str, int], int, bool]:
+        """The values and the number of statements done after a line as well, and whether the line is `strict`."""
+        if not (stated := self._read(step)):
+            return values, done, False
+        target, value = stated
+        strict = False
+        if (found := program.find(target, done)) is not None:
+            values = program.run(self.config.modulus, values, done, found)
+            statement = program.statements[found]
+            strict = step.removesuffix("\n") == self._line(statement, values, self._result(statement, values))
+            done = found + 1
+        return {**values, target: value}, done, strict
 
     def _finish(self, program: Program, values: dict[str, int], done: int) -> str:
         values = program.run(self.config.modulus, values, done, len(program.statements))
@@ -229,13 +246,15 @@ class Chain:
         found = re.fullmatch(r".*=([0-9]+)\n?", line)
         return (_ACCUMULATOR, int(found[1])) if found else None
 
-    def _line(self, s: Statement, values: dict[str, int]) -> str:
-        left, right = _value(s.left, values), _value(s.right, values)
-        result = apply(s.op, left, right, self.config.modulus)
-        computed = f"={right}" if s.op == "=" else f"{left}{s.op}{right}={result}"
+    def _result(self, s: Statement, values: dict[str, int]) -> int:
+        return apply(s.op, _value(s.left, values), _value(s.right, values), self.config.modulus)
+
+    def _line(self, s: Statement, values: dict[str, int], result: int) -> str:
+        operation = f"{_value(s.left, values)}{s.op}{_value(s.right, values)}"
+        computed = f"={result}" if s.op == "=" else f"{operation}={result}"
         if self.config.level == "accumulator":
             return computed
-        return f"{s.target}={right}" if s.op == "=" else f"{s.target}={s.left}{s.op}{s.right}={computed}"
+        return f"{s.target}={result}" if s.op == "=" else f"{s.target}={s.left}{s.op}{s.right}={computed}"
 
     @cached_property
     def _splits(self) -> dict[Split, list[Question]]:

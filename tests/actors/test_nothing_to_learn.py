@@ -21,6 +21,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory, Question
 from sapo_ray.labelers import label_correct
+from sapo_ray.manifest import Manifest
 from sapo_ray.models import Calibration
 from sapo_ray.sampler import original_trajectory
 from sapo_ray.store import RunDirectory, label_row, labelled_of, rollout_of, trajectory_row
@@ -105,11 +106,11 @@ def _all_right(store: RunDirectory, config: RunConfig) -> None:
     store.finish("round-3/sample", {"labels": len(rows), "step_labels": steps, "seconds": 0.0})
 
 
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint / "model.safetensors")
+def _weights(checkpoint: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(checkpoint, "model.safetensors"))
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(one: str, other: str) -> bool:
     first, second = _weights(one), _weights(other)
     return all(torch.equal(first[name], second[name]) for name in first)
 
@@ -211,7 +212,8 @@ def _from_round_zero(finished: RunDirectory, path: Path) -> RunDirectory:
     shutil.copytree(finished.path / "round-0", path / "round-0")
     for name in ("base", "reasoner-0", "verifier-0"):
         shutil.copytree(finished.path / "checkpoints" / name, path / "checkpoints" / name)
+    files = Manifest(finished.folder).files()
     for stage, notes in finished.stages().items():
-        if stage.startswith("round-0/"):
-            store.finish(stage, notes)
+        if stage.startswith(("base", "round-0/")):
+            store.finish(stage, {**notes, "files": files[stage]})
     return store

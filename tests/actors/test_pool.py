@@ -242,7 +242,9 @@ def test_a_request_that_cannot_be_sent_fails() -> None:
 
 
 @pytest.mark.parametrize("word", ["die", "engine"])
-def test_a_request_that_kills_workers_is_set_aside_and_all_others_are_answered(word: str) -> None:
+def test_a_request_that_kills_workers_is_set_aside_and_all_others_are_answered(
+    word: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def test(pool: TestPool) -> None:
         *others, error = await submit(pool, *range(20), word)
         assert others == [2 * i for i in range(20)]
@@ -252,9 +254,14 @@ def test_a_request_that_kills_workers_is_set_aside_and_all_others_are_answered(w
         assert ("the engine's last words" in error.log_tail) == (word == "die")
         stats = await until(pool, lambda stats: stats.ready == 2)
         assert (stats.counts["dead"], stats.counts["quarantined"]) == (3, 1)
-        assert any("set aside" in event for event in pool.events())
+        events = pool.events()
+        assert any("set aside" in event for event in events)
+        assert events == [record.message for record in caplog.records if record.levelname == "INFO"]
+        (aside,) = [record for record in caplog.records if "set aside" in record.message]
+        assert aside.request == f"{word}-20"  # type: ignore[attr-defined]
 
-    run(test, workers=2)
+    with caplog.at_level("INFO", "actors"):
+        run(test, workers=2)
 
 
 def test_two_that_kill_are_both_found() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,14 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from sapo_ray.batching import global_batches
+from sapo_ray.cache import local_checkpoint
 from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
+from sapo_ray.manifest import Files
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, collate
+from sapo_ray.shards import read_rows
+from sapo_ray.store import RunDirectory
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
 from sapo_ray.training import TrainConfig, TrainJob, TrainResult, learning_rate
 
@@ -130,6 +136,15 @@ def written_out(batch: list[Example], terms: dict[str, torch.Tensor]) -> torch.T
     return terms["nll"] / labelled + (BETA * terms["odds_ratio"] / pairs if "odds_ratio" in terms else 0)
 
 
+class InterruptionError(Exception):
+    pass
+
+
+def interrupt(done: int, total: int, loss: float) -> None:
+    """A report that ends the training with its first update."""
+    raise InterruptionError
+
+
 def losses(result: TrainResult) -> list[float]:
     return [metrics["loss"] for metrics in result.metrics]
 
@@ -152,12 +167,6 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
 ) -> None:
     """Its losses are those of an undisturbed one, and in fp32 those of ZeRO 0."""
 
-    class InterruptionError(Exception):
-        pass
-
-    def interrupt(done: int, total: int, loss: float) -> None:
-        raise InterruptionError
-
     asked = job(home, tmp_path / "out", zero_stage=stage, dtype=dtype, checkpoint_every=1)
     with pytest.raises(InterruptionError):
         run(asked, interrupt)
@@ -169,6 +178,63 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
     if dtype == "fp32":
         assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
+
+
+def test_a_training_in_an_object_store_goes_on_there(home: Path, tmp_path: Path, s3: str) -> None:
+    """What it starts from, its data, its mid-training checkpoints and its export all lie in the store."""
+    run_directory = RunDirectory(s3.format("training"))
+    folder = run_directory.folder
+    with folder.staging("checkpoints/init") as directory:
+        shutil.copytree(home / "init", directory, dirs_exist_ok=True)
+        run_directory.finish("base", {"files": run_directory.put(directory, "checkpoints/init")})
+    run_directory.finish("original", {"files": data(run_directory, home / "sft.parquet")})
+    asked = replace(
+        job(home, tmp_path / "out", checkpoint_every=1),
+        init=folder.locate("checkpoints/init"),
+        data=(folder.locate("round-0/original"),),
+        out=folder.locate("checkpoints/reasoner-0"),
+    )
+    with pytest.raises(InterruptionError):
+        run(asked, interrupt)
+    latest = json.loads(folder.read("checkpoints/reasoner-0.partial/latest.json"))
+    assert (latest["tag"], latest["progress"]["updates"]) == ("update-1", 1)
+    assert {f"checkpoints/reasoner-0.partial/update-1/{name}" for name in latest["files"]} == {
+        name for name in folder.sizes("checkpoints/reasoner-0.partial") if not name.endswith("latest.json")
+    }
+    result = run(asked)
+    assert result.resumed_from == 1
+    assert losses(result) == pytest.approx(losses(run(job(home, tmp_path / "undisturbed"))), abs=1e-6)
+    assert result.files.keys() == {
+        name.removeprefix("checkpoints/reasoner-0/") for name in folder.sizes("checkpoints/reasoner-0")
+    } - {"training.json"}
+    assert not folder.sizes("checkpoints/reasoner-0.partial")
+    assert run(asked) == result
+    run_directory.finish("sft", {"files": run_directory.trained("checkpoints/reasoner-0", result.files)})
+    assert AutoModelForCausalLM.from_pretrained(local_checkpoint(asked.out)).num_parameters() > 0
+
+
+def data(store: RunDirectory, parquet: Path) -> Files:
+    with closing(store.writer(0, "original")) as writer:
+        writer.extend(read_rows(parquet))
+    return writer.files
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_mid_training_checkpoint_is_named_and_not_loaded(home: Path, tmp_path: Path, damage: str) -> None:
+    from actors.train_loop import JobError
+
+    asked = job(home, tmp_path / "out", checkpoint_every=1)
+    with pytest.raises(InterruptionError):
+        run(asked, interrupt)
+    (state, *_) = (tmp_path / "out.partial").glob("update-*/*")
+    if damage == "gone":
+        state.unlink()
+    else:
+        os.truncate(state, 100)
+    with pytest.raises(JobError, match=rf"{state} is .*; remove {tmp_path}/out\.partial to begin this training anew"):
+        run(asked)
+    shutil.rmtree(tmp_path / "out.partial")
+    assert run(asked).resumed_from == 0
 
 
 def test_a_checkpoint_of_another_job_is_not_gone_on_from(home: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trainers(home: Path) -> Iterator[dict[int, Trainer]]:
     """By number of workers. The lone worker's group survives no crash, the pair's survives one."""
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init(num_cpus=2, log_to_driver=False, _system_config={"metrics_report_interval_ms": 3000})
     trainers = {
         workers: Trainer(
             TrainerConfig(workers=workers, cpus_per_worker=0.5, max_failures=workers - 1), home / "ray", f"of-{workers}"
@@ -146,8 +146,28 @@ def test_a_job_at_fault_fails_with_its_cause_and_the_group_lives_on(home: Path, 
 
 
 def test_a_finished_job_is_not_trained_again(home: Path, trainers: dict[int, Trainer]) -> None:
-    first = trainers[1].train(job(home, "once", max_updates=2))
-    assert trainers[1].train(job(home, "once", max_updates=2)) == first
+    first, told = trainers[1].train(job(home, "once", max_updates=2)), list[dict[str, float]]()
+    assert trainers[1].train(job(home, "once", max_updates=2), on_updates=told.extend) == first
+    assert told == first.metrics
+
+
+def test_a_training_is_told_update_by_update_counted_and_logged(
+    home: Path,
+    trainers: dict[int, Trainer],
+    scrape: Callable[[Iterable[str]], list[Any]],
+    log_lines: Callable[[str], list[str]],
+) -> None:
+    asked, told = replace(job(home, "told"), run="local", stage="round-1/align"), list[dict[str, float]]()
+    result = trainers[2].train(asked, on_updates=told.extend)
+    assert told == result.metrics
+    tokens = 0.0
+    while tokens < result.tokens:
+        samples = [s for s in scrape(["ray_sapo_trained_tokens_total"]) if s.labels["run"] == "local"]
+        tokens = sum(sample.value for sample in samples if sample.name == "ray_sapo_trained_tokens_total")
+    assert tokens == result.tokens
+    (loss,) = [sample for sample in samples if sample.name == "ray_sapo_loss"]
+    assert (loss.labels["stage"], loss.value) == ("round-1/align", pytest.approx(result.metrics[-1]["loss"]))
+    assert len(log_lines("run=local stage=round-1/align request=- rank")) == 2
 
 
 def test_a_killed_worker_is_replaced_and_the_training_goes_on(
@@ -156,8 +176,10 @@ def test_a_killed_worker_is_replaced_and_the_training_goes_on(
     lengthy = {"epochs": 20, "checkpoint_every": 1}
     asked = job(home, "killed", task_that_leaves_its_pid(tmp_path / "pids"), **lengthy)
     killer = kill_after(5, asked, tmp_path / "pids")
-    result = trainers[2].train(asked)
+    told: list[dict[str, float]] = []
+    result = trainers[2].train(asked, on_updates=told.extend)
     killer.join()
+    assert [update["update"] for update in told] == list(range(1, 61))
     undisturbed = trainers[2].train(job(home, "undisturbed", **lengthy))
     assert len(pids(tmp_path / "pids")) == 4
     assert 5 <= result.resumed_from < 60

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,32 @@ def test_a_pool_of_verifiers_scores_as_one_model_does_before_and_after_a_reload(
         expected = score(load_verifier(checkpoint), TRAJECTORIES, batch_tokens=10_000)
         for of_one, of_one_expected in zip(of_all, expected, strict=True):
             assert of_one == pytest.approx(of_one_expected, abs=1e-5)
+
+
+def test_a_failed_request_is_in_the_logs_with_its_run_and_stage(
+    reasoner: str, tmp_path: Path, log_lines: Callable[[str], list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the worker's file, and in the log of the process that the pool lives in."""
+    checkpoint = save_verifier(reasoner, 0, tmp_path / "verifier")
+    unknown = Encoded([2, 10_000, 3], 1, [2])
+
+    async def ask() -> None:
+        pool = verifier_pool(VerifierConfig(cpus_per_worker=0.2), ScalingConfig())
+        pool.enter("local", "round-1/sample")
+        await pool.load(checkpoint)
+        pool.enter("local", "round-2/sample")
+        with pytest.raises(WorkerError, match="IndexError"):
+            await pool.submit(ScoreRequest("round-2/q-7/0", unknown))
+        await pool.close()
+
+    with caplog.at_level("INFO", "actors"):
+        asyncio.run(ask())
+    (failed,) = log_lines("request=round-2/q-7/0")
+    form = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ERROR run=local stage=round-2/sample request=round-2/q-7/0 score failed"
+    assert re.fullmatch(form, failed)
+    (loaded,) = log_lines(checkpoint)
+    assert "INFO run=local stage=round-1/sample request=- " in loaded
+    assert [record.request for record in caplog.records if "score failed" in record.message] == ["round-2/q-7/0"]
 
 
 def test_a_reasoner_is_refused_at_the_start(reasoner: str) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ray.util.metrics import Counter
+
+from actors.telemetry import METRICS
 
 DASHBOARD: Any = json.loads((Path(__file__).parents[2] / "cluster" / "grafana" / "sapo.json").read_text())
 PANELS: Any = DASHBOARD["panels"]
-METRICS: Any = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text())
 EXPORTED: dict[str, set[str]] = {
-    **{f"ray_{name}_total": set(tags) for name, tags in METRICS["counters"].items()},
-    **{f"ray_{name}": set(tags) for name, tags in METRICS["gauges"].items()},
+    f"ray_{name}_total" if metric.kind is Counter else f"ray_{name}": {"run", *metric.tags}
+    for name, metric in METRICS.items()
 }
 """Names that Ray exports to Prometheus, which test_local_cluster.py asks a real one for, and their tags."""
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]

@@ -10,14 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from ray.util.metrics import Counter, Gauge
 
+from actors.telemetry import METRICS
 from cluster.local.autoscaling import LocalCluster, processes_of
 
-METRICS: Any = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text())
 NODES = """
 import json, time, ray
 ray.init()
@@ -87,9 +86,10 @@ def test_a_job_runs_on_it(cluster: LocalCluster) -> None:
 
 
 def test_ray_names_metrics_as_the_dashboard_does(cluster: LocalCluster) -> None:
-    text = client(cluster, sys.executable, "-c", EXPORT, *(",".join(METRICS[kind]) for kind in ("counters", "gauges")))
+    counters, gauges = ([name for name, m in METRICS.items() if m.kind is kind] for kind in (Counter, Gauge))
+    text = client(cluster, sys.executable, "-c", EXPORT, ",".join(counters), ",".join(gauges))
     exported = set(re.findall(r"^(ray_sapo_\w+)[{ ]", text, re.MULTILINE))
-    wanted = {f"ray_{name}_total" for name in METRICS["counters"]} | {f"ray_{name}" for name in METRICS["gauges"]}
+    wanted = {f"ray_{name}_total" for name in counters} | {f"ray_{name}" for name in gauges}
     assert exported >= wanted
 
 

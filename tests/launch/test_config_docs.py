@@ -7,7 +7,7 @@ import pytest
 
 from launch.config_docs import config_docs
 from sapo_ray.config import RunConfig
-from sapo_ray.config_loader import ConfigError, describe, load_config
+from sapo_ray.config_loader import ConfigError, changeable_keys, describe, load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,16 @@ def test_every_key_has_a_meaning_and_a_row() -> None:
     page = config_docs()
     for key in describe(RunConfig):
         assert key.doc, key.name
-        assert f"| `{key.name.rpartition('.')[2]}` | {key.type} |" in page
+        mark = " *" if key.changeable else ""
+        assert f"| `{key.name.rpartition('.')[2]}`{mark} | {key.type} |" in page
+
+
+def test_keys_that_say_how_fast_and_where_a_run_works_may_change() -> None:
+    keys = changeable_keys(RunConfig)
+    assert keys >= {"run_dir", "engine.workers", "verifier.batch_size", "trainer.gpus_per_worker", "ray.num_cpus"}
+    assert keys >= {"sft.checkpoint_every", "prm.micro_batch_tokens", "align.checkpoint_every"}
+    assert not keys & {"seed", "rounds", "engine.dtype", "engine.extra", "align.learning_rate", "align.beta"}
+    assert not any(key.startswith(("task.", "sampling.", "labeling.", "pairs.", "evaluation.")) for key in keys)
 
 
 @pytest.mark.parametrize("line", re.findall(r"^error: (.*)", config_docs(), re.MULTILINE))

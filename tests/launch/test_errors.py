@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,6 +21,7 @@ from launch.cli import cli
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory, Trajectory
+from sapo_ray.lease import LEASE
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.sampler import original_trajectory
 from sapo_ray.store import RunDirectory, label_row, trajectory_row
@@ -59,9 +61,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken.mkdir()
     (broken / "config.yaml").write_text("rounds: many\n")
     (broken / "summary.json").write_text("{")
-    begun = folder / "begun"
-    begun.mkdir()
-    (begun / "config.yaml").write_text("rounds: 1\n")
+    begun = {"begun": "rounds: 1\n", "tiny": f"extends: {TINY}\n", "driven": f"extends: {TINY}\n"}
+    for name, config in begun.items():
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text(config)
+    lease = {"driver": "other", "host": "far", "pid": 7, "place": "another boot", "started": 1, "since": 0.0}
+    (folder / "driven" / LEASE).write_text(json.dumps({**lease, "renewed": time.time(), "seconds": 3600.0}))
     return folder
 
 
@@ -116,6 +121,21 @@ def _tree(folder: Path) -> list[Path]:
         (["run_dir=FILES/text.parquet"], "run_dir FILES/text.parquet cannot be written: Not a directory"),
         (["run_dir=FILES/broken"], "FILES/broken/config.yaml: rounds is 'many'; it must be int"),
         (["run_dir=FILES/begun"], "FILES/begun was begun with other values of "),
+        (
+            ["run_dir=FILES/tiny", "engine.dtype=bfloat16", "engine.workers=2"],
+            "FILES/tiny was begun with other values of engine.dtype; choose another run_dir",
+        ),
+        (["run_dir=FILES/tiny", "engine.workers=2", "ray.num_cpus=2"], "the run needs 2.7 CPUs = 1.4 (engine.workers"),
+        (
+            ["run_dir=FILES/tiny", "--redo", "round-0/sft"],
+            "FILES/tiny: round-0/sft is no finished stage; finished are none",
+        ),
+        (
+            ["run_dir=FILES/driven"],
+            "FILES/driven has a driver already: host far, pid 7, since 1970-01-01 00:00:00 UTC; ",
+        ),
+        (["run_dir=s3://KEY:SECRET@bucket/run"], "run_dir: this s3:// URI holds credentials; leave them out and "),
+        (["run_dir=s4://bucket/run"], "run_dir: s4://bucket/run cannot be opened: Unrecognized filesystem type in URI"),
         (["ray.num_cpus=1"], "the run needs 2 CPUs = 0.7 (engine.workers * engine.cpus_per_worker) + "),
         (["engine.workers=40"], "the run needs 29.3 CPUs = 28 (engine.workers * engine.cpus_per_worker) + "),
         (["rounds"], "command line: 'rounds' is not of the form key=value, such as "),
@@ -225,8 +245,9 @@ NOWHERE = "no Ray job server answers at "
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "run_dir is null; a job needs an absolute path on storage "),
+        ([], "run_dir is null; a job needs an absolute path or a URI, on storage "),
         (["run_dir=runs/mine"], "run_dir is runs/mine; a job needs an absolute path"),
+        (["run_dir=s3://me:secret@bucket/run"], "this s3:// URI holds credentials; leave them out and let "),
         (["run_dir=FILES/new", "sft.epcohs=3"], "command line: sft.epcohs is not a key; did you mean sft.epochs?"),
         (["run_dir=FILES/new", "sft.max_tokens=20"], "sft.max_tokens is 20; it must be at least 27, "),
         (["run_dir=FILES/new", "--address", "127.0.0.1:1"], f"{NOWHERE}http://127.0.0.1:1: [Errno 111] Connection re"),
@@ -249,7 +270,7 @@ def test_a_job_server_that_accepts_and_is_silent(files: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", TINY], "run_dir is null; a job needs an absolute path on storage "),
+        (["run", TINY], "run_dir is null; a job needs an absolute path or a URI, on storage "),
         (["run", TINY, "run_dir=runs/mine"], "run_dir is runs/mine; a job needs an absolute path"),
         (
             ["label", TINY, "FILES/text.parquet", "--reasoner", "FILES/reasoner", "--out", "labels", *OMEGA[2:]],

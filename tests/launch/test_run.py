@@ -59,7 +59,7 @@ def test_checkpoints_load_with_transformers_alone(finished: RunDirectory) -> Non
         AutoModelForCausalLM.from_pretrained(finished.checkpoint("reasoner", number))
         verifier = AutoModelForTokenClassification.from_pretrained(finished.checkpoint("verifier", number))
         assert verifier.config.num_labels == 1
-        assert not list(finished.checkpoint("verifier", number).glob("*.bin"))
+        assert not list(Path(finished.checkpoint("verifier", number)).glob("*.bin"))
 
 
 def test_the_resolved_config_is_kept(finished: RunDirectory) -> None:

@@ -137,7 +137,7 @@ def test_a_run_that_is_told_to_stop_stops_and_goes_on(tmp_path: Path) -> None:
     assert command.process.wait(timeout=600) == 128 + signal.SIGTERM
     assert command.output().splitlines()[-1] == "terminated"
     assert list(command.alive()) == []
-    assert list(run.stages()) == ["round-0/original"]
+    assert list(run.stages()) == ["round-0/original", "base"]
 
     command = Command(tmp_path / "log", *arguments)
     command.wait_for(lambda: command.has("ray::RolloutWorker"))
@@ -148,7 +148,7 @@ def test_a_run_that_is_told_to_stop_stops_and_goes_on(tmp_path: Path) -> None:
     assert command.output().splitlines()[-1] == "interrupted"
     assert "Traceback" not in command.output()
     assert list(command.alive()) == []
-    assert list(run.stages()) == ["round-0/original", "round-0/sft"]
+    assert list(run.stages()) == ["round-0/original", "base", "round-0/sft"]
 
     command = Command(tmp_path / "log", *arguments)
     assert command.process.wait(timeout=600) == 0, command.output()

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sapo_ray.config_loader import ConfigError, Key, describe, load_config, to_yaml
+from sapo_ray.files import Folder
 
 
 @dataclass(kw_only=True)
@@ -136,6 +137,16 @@ def test_an_error_is_one_line_that_names_source_and_key(
     with pytest.raises(ConfigError) as caught:
         load_config(Schema, path, overrides)
     assert str(caught.value) == message.format(path=path, folder=tmp_path)
+
+
+def test_a_config_may_lie_in_an_object_store_and_extend_another_there(s3: str) -> None:
+    folder = Folder(s3.format("configs"))
+    folder.write("base.yaml", "name: base\ntags: [a]\n")
+    folder.write("sub/run.yaml", "extends: ../base.yaml\ntags: [b]\n")
+    config = load_config(Schema, folder.locate("sub/run.yaml"), ["train.lr=0.5"])
+    assert (config.name, config.tags, config.train.lr) == ("base", ["b"], 0.5)
+    with pytest.raises(ConfigError, match=r"configs/none\.yaml\?.*: no such file"):
+        load_config(Schema, folder.locate("none.yaml"))
 
 
 def test_an_error_names_the_file_that_set_the_key(tmp_path: Path) -> None:

@@ -65,19 +65,11 @@ def test_weights_follow_from_the_seed_and_leave_the_random_state_alone(checkpoin
     assert {p.name for p in tmp_path.iterdir()} == {"same", "other"}
 
 
-def test_what_an_interrupted_save_left_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / "base.tmp").mkdir()
-    (tmp_path / "base.tmp" / "half").write_text("")
-    save_random_reasoner(CONFIG, VOCABULARY, seed=1, path=tmp_path / "base")
-    assert not (tmp_path / "base" / "half").exists()
-    assert parameter_count(tmp_path / "base") > 0
-
-
 def test_calibration_is_stored_with_its_checkpoint(tmp_path: Path) -> None:
-    assert Calibration.load(tmp_path) is None
+    assert Calibration.load(str(tmp_path)) is None
     for calibration in (Calibration(0.75, 0.5), Calibration(None, 0.25)):
-        calibration.save(tmp_path)
-        assert Calibration.load(tmp_path) == calibration
+        (tmp_path / "calibration.json").write_text(calibration.text())
+        assert Calibration.load(str(tmp_path)) == calibration
 
 
 def test_a_directory_without_weights_has_none_to_count(tmp_path: Path) -> None:

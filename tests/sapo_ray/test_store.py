@@ -16,14 +16,12 @@ from hypothesis import strategies as st
 
 from sapo_ray.data import LABELS, Estimate, LabelledTrajectory, PreferencePair, Rollout, Trajectory
 from sapo_ray.errors import SapoError
+from sapo_ray.shards import SCHEMAS, Kind, read_rows
 from sapo_ray.store import (
-    SCHEMAS,
-    Kind,
     RunDirectory,
     label_row,
     labelled_of,
     pair_row,
-    read_rows,
     rollout_of,
     rollout_row,
     trajectory_of,
@@ -149,7 +147,7 @@ def test_labels_have_the_columns_that_are_promised(run: RunDirectory) -> None:
 )
 def test_rows_are_written_in_shards_and_read_in_their_order(run: RunDirectory, count: int, shards: list[int]) -> None:
     write(run, 0, "original", [trajectory_row(replace(TRAJECTORY, id=str(i))) for i in range(count)])
-    files = sorted(run.dataset(0, "original").iterdir())
+    files = sorted(Path(run.dataset(0, "original")).iterdir())
     assert [file.name for file in files] == [f"part-{i:05d}.parquet" for i in range(len(shards))]
     assert [pq.read_metadata(file).num_rows for file in files] == shards
     assert all(pq.read_schema(file).equals(SCHEMAS["original"]) for file in files)
@@ -160,18 +158,18 @@ def test_a_stage_that_broke_off_is_not_done_and_starts_anew(run: RunDirectory) -
     rows = [trajectory_row(replace(TRAJECTORY, id=str(i))) for i in range(5000)]
     writer = run.writer(1, "trajectories")
     writer.extend(rows)  # and never closed: the process died
-    (run.dataset(1, "trajectories") / "part-00001.tmp").write_bytes(b"half a shard")
+    (Path(run.dataset(1, "trajectories")) / "part-00001.parquet.0.tmp").write_bytes(b"half a shard")
     assert run.done("round-1/sample") is None
     assert len(list(run.read(1, "trajectories"))) == 4096
 
     write(run, 1, "trajectories", rows[:3])
     run.finish("round-1/sample", {"labels": 3})
     assert [row["trajectory_id"] for row in run.read(1, "trajectories")] == ["0", "1", "2"]
-    assert [file.name for file in run.dataset(1, "trajectories").iterdir()] == ["part-00000.parquet"]
+    assert [file.name for file in Path(run.dataset(1, "trajectories")).iterdir()] == ["part-00000.parquet"]
 
 
 def test_a_row_that_does_not_fit_leaves_no_half_shard(run: RunDirectory) -> None:
-    folder = run.dataset(0, "original")
+    folder = Path(run.dataset(0, "original"))
     writer = run.writer(0, "original")
     writer.extend([trajectory_row(TRAJECTORY), {**trajectory_row(TRAJECTORY), "steps": 7}])
     with pytest.raises(pa.ArrowException):
@@ -196,7 +194,7 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, name: str) -> None:
 
 def test_a_single_shard_and_a_directory_named_like_one_can_be_read(run: RunDirectory, tmp_path: Path) -> None:
     write(run, 0, "original", [trajectory_row(TRAJECTORY)])
-    shard = run.dataset(0, "original") / "part-00000.parquet"
+    shard = Path(run.dataset(0, "original")) / "part-00000.parquet"
     assert [trajectory_of(row) for row in read_rows(shard)] == [TRAJECTORY]
     (tmp_path / "set.parquet").mkdir()
     shard.rename(tmp_path / "set.parquet" / "part-0.parquet")
@@ -206,7 +204,7 @@ def test_a_single_shard_and_a_directory_named_like_one_can_be_read(run: RunDirec
 def test_the_manifest_keeps_every_stage(run: RunDirectory) -> None:
     assert run.done("round-0/sft") is None
     run.finish("round-0/sft", {"loss": 0.5})
-    run.finish("round-0/sample", {"labels": 3})
+    run.finish("round-0/sample", {"labels": 3, "files": {"x": {"size": 1, "sha256": "0"}}})
     again = RunDirectory(run.path)
     assert again.done("round-0/sft") == {"loss": 0.5}
     assert again.stages() == {"round-0/sft": {"loss": 0.5}, "round-0/sample": {"labels": 3}}
@@ -220,18 +218,23 @@ def test_a_figure_that_is_no_number_is_refused_and_nothing_is_written(run: RunDi
     with pytest.raises(SapoError, match=r"summary\.json: a figure is not a number"):
         run.write_summary({"rounds": [float("inf")]})
     with pytest.raises(SapoError, match=r"metrics\.jsonl: a figure is not a number"):
-        run.log({"loss": float("nan")})
+        run.log("b", [{"loss": float("nan")}])
     assert run.stages() == {"a": {"loss": 1.0}}
     assert {file.name for file in run.path.iterdir()} == {"checkpoints", "manifest.json"}
 
 
-def test_metrics_are_appended_and_the_summary_replaced(run: RunDirectory) -> None:
+def test_metrics_are_appended_once_a_stage_and_the_summary_replaced(run: RunDirectory) -> None:
     with pytest.raises(FileNotFoundError):
         run.summary()
-    run.log({"stage": "a"})
-    run.log({"stage": "b", "loss": 0.25})
+    run.log("a", [{"update": 1, "loss": 1.0}, {"seconds": 2.0}])
+    for loss in (0.5, 0.25):  # the first attempt broke off before it was entered
+        run.log("b", [{"loss": loss}])
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"stage": "a"}, {"stage": "b", "loss": 0.25}]
+    assert [json.loads(line) for line in lines] == [
+        {"stage": "a", "update": 1, "loss": 1.0},
+        {"stage": "a", "seconds": 2.0},
+        {"stage": "b", "loss": 0.25},
+    ]
     run.write_summary({"rounds": []})
     run.write_summary({"rounds": [{"round": 0}]})
     assert run.summary() == {"rounds": [{"round": 0}]}

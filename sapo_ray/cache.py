@@ -1,0 +1,114 @@
+"""Checkpoints as directories of this node, which is what engines and trainers can load.
+
+A local path stays where it is. What lies in an object store is copied once to a node, under `cache_folder()`, however
+many processes ask for it. Either way it is held against the run's manifest before anything is loaded, once a node.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from sapo_ray.errors import SapoError
+from sapo_ray.files import Folder, cache_folder, is_uri, reason
+from sapo_ray.manifest import FileRecord, check_files, check_sizes, recorded, remedy
+
+_SPARE = 0.1
+"""Share of the disk that old copies leave free."""
+_GRACE_SECONDS = 3600.0
+"""A copy that was asked for more recently than this may still be loading: it is not removed."""
+
+
+def local_checkpoint(location: str, *, weights: bool = True) -> str:
+    """The checkpoint at a path or URI as a directory of this node; without its weights where they are not wanted.
+
+    What is neither, such as a model's name on a hub, is returned as it is. Raises DamagedError where a file is not what
+    the run's manifest says, SapoError for a URI of which no manifest tells.
+    """
+    if not is_uri(location) and not Path(location).is_dir():
+        return location
+    folder, entries = Folder(location), recorded(location)
+    if "config.json" not in entries:
+        if folder.path is None:
+            raise SapoError(f"{location} is no checkpoint of a run: no manifest.json tells of it; use a path instead")
+        return location
+    # The files of the stage that made the model: what was added since, a calibration, is read where it lies.
+    stage = entries["config.json"].stage
+    files = {name: entry.record for name, entry in entries.items() if entry.stage == stage}
+    if not weights:
+        files = {name: record for name, record in files.items() if not name.endswith(".safetensors")}
+    with remedy(stage):
+        return str(local_copy(folder, files))
+
+
+def local_copy(folder: Folder, files: Mapping[str, FileRecord]) -> Path:
+    """A folder with these files as a directory of this node. Raises DamagedError where one is not what was written."""
+    if folder.path is not None:
+        _check_once(folder, folder.path, files)
+        return folder.path
+    copies = cache_folder() / "copies"
+    copy = copies / _key(folder, files)
+    with _locked(copy):
+        if not copy.exists():
+            check_sizes(folder, files, folder.sizes())
+            _make_room(copies, sum(record["size"] for record in files.values()))
+            _fetch(folder, files, copy)
+        os.utime(copy)
+    return copy
+
+
+def _check_once(folder: Folder, path: Path, files: Mapping[str, FileRecord]) -> None:
+    """Check a local folder's files, unless a process of this node has done so since they were written."""
+    check_sizes(folder, files, folder.sizes())
+    checked = cache_folder() / "checked" / _key(folder, files, [(path / name).stat().st_mtime_ns for name in files])
+    with _locked(checked):
+        if not checked.exists():
+            check_files(folder, files)
+            checked.touch()
+
+
+def _fetch(folder: Folder, files: Mapping[str, FileRecord], copy: Path) -> None:
+    unfinished = copy.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        folder.fetch(files, unfinished)
+        check_files(Folder(unfinished), files, folder)
+        unfinished.rename(copy)
+    except OSError as error:
+        raise SapoError(f"{folder.location} cannot be copied to {copy.parent} (SAPO_CACHE): {reason(error)}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _make_room(copies: Path, size: int) -> None:
+    """Remove the copies that were last asked for longest ago, as far as the disk would else be nearly full."""
+    ages = sorted((entry.stat().st_mtime, entry) for entry in copies.iterdir() if entry.is_dir())
+    for asked, entry in ages:
+        disk = shutil.disk_usage(copies)
+        if disk.free - size > _SPARE * disk.total or asked > time.time() - _GRACE_SECONDS:
+            return
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of this node at a time; a lock ends with its process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise SapoError(f"{path.parent} (SAPO_CACHE) cannot be written: {reason(error)}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _key(folder: Folder, *content: object) -> str:
+    return hashlib.sha256(json.dumps([folder.location, *content]).encode()).hexdigest()[:32]

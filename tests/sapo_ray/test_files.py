@@ -1,0 +1,138 @@
+"""Folders: the same behaviour on a local disk and in an object store, which is a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sapo_ray.errors import SapoError
+from sapo_ray.files import Folder, absolute, joined, relative, split
+
+URI = "s3://bucket/runs/a?endpoint_override=127.0.0.1:9000&scheme=http"
+
+
+def test_what_is_written_is_read_listed_and_removed(location: str) -> None:
+    folder = Folder(location)
+    assert folder.sizes() == {}
+    assert not folder.has("a/b.txt")
+    folder.write("a/b.txt", "three")
+    folder.write("a/b.txt", "two")
+    folder.write("c.bin", b"\x00\xff")
+    assert folder.read("a/b.txt") == b"two"
+    assert folder.sizes() == {"a/b.txt": 3, "c.bin": 2}
+    assert folder.sizes("a") == {"a/b.txt": 3}
+    assert (folder.has("a/b.txt"), folder.has("a")) == (True, False)
+    assert Folder(folder.locate("a")).read("b.txt") == b"two"
+    folder.remove(["c.bin"])
+    folder.clear("a")
+    folder.clear("never")
+    assert folder.sizes() == {}
+    for action in (folder.read, folder.open):
+        with pytest.raises(FileNotFoundError):
+            action("a/b.txt")
+
+
+def test_a_directory_is_put_copied_and_fetched(location: str, tmp_path: Path) -> None:
+    folder = Folder(location)
+    with folder.staging("models/one") as interrupted:
+        interrupted.rmdir()
+        leftover = interrupted / "half"
+    leftover.mkdir(parents=True)
+    for content in ("old", "new"):
+        with folder.staging("models/one") as directory:
+            (directory / "sub").mkdir()
+            (directory / "sub" / "weights").write_text(content)
+            (directory / f"{content}.json").write_text("{}")
+            folder.put(directory, "models/one", last="new.json")
+        assert not directory.exists()
+    assert folder.sizes() == {"models/one/new.json": 2, "models/one/sub/weights": 3}
+    folder.copy("models/one", "models/two")
+    Folder(folder.locate("models/two")).fetch(["sub/weights"], tmp_path / "here")
+    assert (tmp_path / "here" / "sub" / "weights").read_text() == "new"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "part").write_text("x")
+    folder.add(tmp_path / "more", ["part"], "models/one")
+    assert folder.sizes("models/one").keys() == {"models/one/new.json", "models/one/sub/weights", "models/one/part"}
+    with pytest.raises(FileNotFoundError):
+        folder.fetch(["models/none"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAEXAMPLE:c2VjcmV0@bucket/run",
+        "s3://AKIAEXAMPLE:c2Vj/cmV0@bucket/run",
+        "s3://AKIAEXAMPLE@bucket/run",
+        "s3://bucket/run?access_key=AKIAEXAMPLE&secret_key=c2VjcmV0",
+        "s3://bucket/run?scheme=http&session_token=c2VjcmV0",
+        "gs://bucket/run?sas=c2VjcmV0",
+    ],
+)
+def test_a_uri_with_credentials_is_refused_without_repeating_it(uri: str) -> None:
+    with pytest.raises(SapoError, match="URI holds credentials; leave them out") as error:
+        Folder(uri)
+    assert "AKIA" not in str(error.value)
+    assert "c2V" not in str(error.value)
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/run", "s3://bucket/run?endpoint_overide=x", "s3://"])
+def test_a_uri_that_cannot_be_opened_is_named(uri: str) -> None:
+    with pytest.raises(SapoError, match="cannot be opened: ") as error:
+        Folder(uri)
+    assert str(error.value).startswith(uri)
+
+
+def test_what_cannot_be_written_is_named(s3: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SapoError, match=f"{tmp_path}/file/x cannot be written: (Not a directory|File exists)"):
+        Folder(tmp_path / "file").write("x", "y")
+    absent = s3.format("run").replace("bucket", "no-such-bucket")
+    with pytest.raises(SapoError, match=r"s3://no-such-bucket/run/x\?.* cannot be written: .*bucket") as error:
+        Folder(absent).write("x", "y")
+    assert "\n" not in str(error.value)
+
+
+def test_locations_are_joined_split_and_seen_from_each_other() -> None:
+    assert joined("/runs/a", "x/y") == "/runs/a/x/y"
+    assert joined(URI, "x/y") == URI.replace("runs/a", "runs/a/x/y")
+    assert joined("s3://bucket", "x") == "s3://bucket/x"
+    assert split(URI) == (URI.replace("runs/a", "runs"), "a")
+    assert split("/runs/a") == ("/runs", "a")
+    assert relative(joined(URI, "data/x"), joined(URI, "models")) == "../data/x"
+    assert relative("/runs/a/data", "/runs/a/models") == "../data"
+    for elsewhere in ("/runs/a", "a-model-on-a-hub", "s3://other/runs/a"):
+        assert relative(elsewhere, URI) == elsewhere
+
+
+def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
+    assert absolute(f"file://{tmp_path}/run") == f"{tmp_path}/run"
+    folder = Folder(f"file://{tmp_path}/run")
+    folder.write("a", "b")
+    assert (tmp_path / "run" / "a").read_text() == "b"
+    assert folder.path == tmp_path / "run"
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can be mounted by root alone")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_leaves_what_was_there_and_no_half_file(tiny_disk: Path) -> None:
+    folder = Folder(tiny_disk / "run")
+    folder.write("manifest.json", "{}")
+    for name in ("manifest.json", "round-0/labels/part-00000.parquet"):
+        with pytest.raises(SapoError, match=f"{folder.locate(name)} cannot be written: No space left on device"):
+            folder.write(name, b"x" * 2**20)
+    assert folder.sizes() == {"manifest.json": 2}
+    assert folder.read("manifest.json") == b"{}"
