@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.run import Run
 from actors.sapo import sapo
@@ -23,8 +24,11 @@ from sapo_ray.data import LabelledTrajectory, Question
 from sapo_ray.labelers import label_correct
 from sapo_ray.manifest import Manifest
 from sapo_ray.models import Calibration
+from sapo_ray.objectives.base import collate
+from sapo_ray.objectives.sft import SFT
+from sapo_ray.report import warning_signs
 from sapo_ray.sampler import original_trajectory
-from sapo_ray.store import RunDirectory, label_row, labelled_of, rollout_of, trajectory_row
+from sapo_ray.store import RunDirectory, label_row, labelled_of, rollout_of, trajectory_of, trajectory_row
 from sapo_ray.tasks.chain import VOCABULARY, Chain
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -49,14 +53,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
-        self.ended: list[str] = []
 
     def begin(self, stage: str) -> None: ...
 
     def update(self, done: int, total: int, detail: str) -> None: ...
 
-    def end(self, stage: str, seconds: float, notes: Mapping[str, Any]) -> None:
-        self.ended.append(stage)
+    def end(self, notes: Mapping[str, Any]) -> None: ...
 
     def warn(self, sign: str) -> None:
         self.warnings.append(sign)
@@ -203,6 +205,45 @@ def test_empty_completions_skip_what_needs_samples(
         one["test"]["greedy_accuracy"] == one["test"]["sampled_accuracy"] == one["verifier"]["best_of_n_accuracy"] == 0
     )
     assert (one["verifier"]["auroc"], one["verifier"]["brier"], one["test"]["repetitiveness"]) == (None, None, None)
+
+
+def test_samples_that_are_all_right_are_labelled_without_a_check(
+    unanswered: tuple[RunDirectory, Recorder], config: RunConfig, tmp_path: Path
+) -> None:
+    """Round 1 on the first run's round 0, by a reasoner that knows every solution of the pool by heart."""
+    store = _from_round_zero(unanswered[0], tmp_path / "right")
+    _learn_by_heart(store.checkpoint("reasoner", 0), Chain(config.task))
+    sampling = replace(config.sampling, stop=[], temperature=0.0)
+    with Run(replace(config, rounds=1, sampling=sampling), store, Recorder()) as run:
+        run.sample_and_label(1)
+    rows = [labelled_of(row) for row in store.read(1, "labels")]
+    assert [row.trajectory for row in rows] == [trajectory_of(row) for row in store.read(1, "trajectories")]
+    assert [(row.trajectory.correct, row.case, row.step_labels, row.estimates) for row in rows] == [
+        (True, "correct", (1,), ())
+    ] * 6
+    assert not list(store.read(1, "rollouts"))
+    notes = store.stages()["round-1/sample"]
+    by_hand = unanswered[0].stages()["round-3/sample"]["step_labels"]
+    assert notes["step_labels"] == {kind: count // 2 for kind, count in by_hand.items()}
+    assert (notes["cost"]["trajectories"], notes["cost"]["checks"], notes["cost"]["rollouts"]) == (6, 0, 0)
+    assert warning_signs(1, store.stages()) == ["no step of a sampled solution is labelled wrong"]
+
+
+def _learn_by_heart(checkpoint: Path, task: Chain) -> None:
+    """Train a reasoner, where it lies, on the solutions of the pool."""
+    torch.set_num_threads(1)  # for so small a model the second one only gets in the engines' way
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    solved = [
+        trajectory_row(original_trajectory(replace(q, solution=task.solve(task.parse(q.text)))))
+        for q in task.questions("pool")
+    ]
+    batch = collate([SFT().example(row, task.prompt, tokenizer) for row in solved], tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        SFT().terms(model, batch)["nll"].backward()
+        optimizer.step()
+    model.save_pretrained(checkpoint)
 
 
 def _from_round_zero(finished: RunDirectory, path: Path) -> RunDirectory:
