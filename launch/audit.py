@@ -18,7 +18,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.labelers import fixed_start_score, make_labeler
 from sapo_ray.models import Calibration
 from sapo_ray.shards import Kind
-from sapo_ray.store import RunDirectory, labelled_of, rollout_of
+from sapo_ray.store import RunDirectory, checkpoint_name, labelled_of, rollout_of
 
 IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_id", "rollouts": "rollout_id"}
 
@@ -76,8 +76,8 @@ def _audit_predictions(
     store: RunDirectory, config: RunConfig, number: int, labelled: Sequence[LabelledTrajectory]
 ) -> Iterator[str]:
     """Do the predictions follow from the scores and the start score of V_{i-1}? Round 0 has none."""
-    verifier = store.checkpoint("verifier", number - 1)
-    calibration = Calibration.load(verifier)
+    verifier = checkpoint_name("verifier", number - 1)
+    calibration = Calibration.load(store.folder.locate(verifier))
     if calibration is None and config.labeling.uses_scores and fixed_start_score(config.labeling) is None:
         yield f"{verifier} has no calibration.json, without which no prediction can be derived again"
         return

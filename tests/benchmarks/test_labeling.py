@@ -21,6 +21,7 @@ from sapo_ray.cost import Cost
 from sapo_ray.data import Estimate, LabelledTrajectory, Question, Trajectory
 from sapo_ray.evaluator import true_labels
 from sapo_ray.labelers import LabelingConfig, drive, make_labeler
+from sapo_ray.store import RunDirectory
 from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import ChainConfig
 
@@ -91,17 +92,11 @@ def coordinator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Coordinator:
     made = Coordinator()
     settings = load_config(RunConfig, labeling.CONFIG)
 
-    class Store:
-        path = tmp_path
-
-        def checkpoint(self, role: str, number: int) -> Path:
-            return tmp_path / f"{role}-{number}"
-
     @contextmanager
     def session(_: RunConfig) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(labeling, "complete", lambda *_: Store())
+    monkeypatch.setattr(labeling, "complete", lambda *_: RunDirectory(tmp_path))
     monkeypatch.setattr(labeling, "load_config", lambda *_: settings)
     monkeypatch.setattr(labeling, "ray_session", session)
     monkeypatch.setattr(labeling, "CoordinatorClient", lambda *_: made)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from launch.cli import cli
 from sapo_ray.data import Estimate, LabelledTrajectory, Rollout, Trajectory
-from sapo_ray.models import Calibration
+from sapo_ray.models import CALIBRATION_FILE, Calibration
 from sapo_ray.store import RunDirectory, label_row, rollout_row
 
 WRONG = Trajectory("w", "q", "?", ("a", "b", "c"), "9", correct=False)
@@ -25,6 +25,7 @@ LABELLED = LabelledTrajectory(
     estimates=(Estimate(0, 1, 1, 1, ("w/0/0",)), Estimate(1, 0, 0, 1, ("w/1/0",))),
     case="a",
 )
+NO_CALIBRATION = "has no calibration.json, without which no prediction can be derived again"
 CHECKED = {"trajectories": 0, "labels": 1, "rollouts": 2}
 
 
@@ -46,15 +47,14 @@ def run(tmp_path: Path) -> RunDirectory:
         (0.8, []),
         (None, []),
         (1.4, ["round 1: w: the predicted first error is 1, not 0"]),
-        ("lost", ["round 1: verifier-0 has no calibration.json, without which no prediction can be derived again"]),
+        ("lost", [f"round 1: checkpoints/verifier-0 {NO_CALIBRATION}"]),
     ],
 )
 def test_predictions_follow_from_the_last_verifiers_start_score(
     run: RunDirectory, start_score: float | str | None, problems: list[str]
 ) -> None:
     if not isinstance(start_score, str):
-        run.checkpoint("verifier", 0).mkdir(parents=True)
-        Calibration(start_score, 0.5).save(run.checkpoint("verifier", 0))
+        run.write_file(f"checkpoints/verifier-0/{CALIBRATION_FILE}", Calibration(start_score, 0.5).text())
     result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
     assert json.loads(result.stdout) == {"checked": CHECKED, "problems": problems}
     assert result.exit_code == bool(problems)
