@@ -9,17 +9,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
+from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 ROLLOUT, ENGINE, VERIFIER = "ray::RolloutWorker", "VLLM::EngineCore", "ray::VerifierWorker"
 COORDINATOR, TRAINER, DRIVER = "ray::Coordinator", "ray::RayTrainWorker", "driver"
+NULL_REASONER, NULL_VERIFIER = "ray::NullReasoner", "ray::NullVerifier"
+NULL = ("engine.kind=null", "verifier.kind=null", "simulation.token_seconds=0.05", "simulation.score_seconds=0.2")
+"""Workers without a model, slow enough to be met at work."""
+KILLS = 4
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -132,25 +137,73 @@ def test_a_run_whose_driver_is_killed_goes_on_with_the_same_command(finished: Ru
     assert {name: again.store.stages()[name] for name in before} == before  # what was done is not done again
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run with null engines that nothing happens to."""
+    run = Running(tmp_path_factory.mktemp("runs") / "null", *NULL)
+    assert run.end() == 0, "".join(run.lines)
+    return run.store
+
+
+def rows(store: RunDirectory) -> dict[str, bytes]:
+    """All that a run has sampled, labelled and paired, as bytes."""
+    kinds: tuple[Kind, ...] = ("trajectories", "labels", "rollouts", "pairs")
+    return {f"{n}/{kind}": json.dumps(list(store.read(n, kind))).encode() for n in (0, 1) for kind in kinds}
+
+
+@pytest.mark.slow
+def test_with_null_engines_a_run_that_was_killed_everywhere_is_the_undisturbed_one_byte_for_byte(
+    undisturbed: RunDirectory, tmp_path: Path
+) -> None:
+    run = Running(tmp_path / "run", *NULL)
+    run.wait_for_stage("round-0/validation")
+    run.kill_soon(NULL_REASONER)  # while round 0 is sampled
+    run.wait_for_stage("round-0/sample")
+    run.kill_soon(TRAINER)  # while the first verifier is trained
+    run.wait_for_stage("round-0/evaluate")
+    run.kill_soon(NULL_VERIFIER)  # while round 1 is sampled and scored
+    time.sleep(1)
+    run.kill_soon(COORDINATOR)
+    run.wait_for_stage("round-1/prm")
+    run.kill(DRIVER)
+    run.end()
+    again = Running(tmp_path / "run", *NULL)
+    assert again.end() == 0, "".join(again.lines)
+    assert_nothing_is_lost(again.store, undisturbed)
+    assert rows(again.store) == rows(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_with_null_engines_four_kills_at_random_moments_change_no_byte(
+    undisturbed: RunDirectory, tmp_path: Path, seed: int
+) -> None:
+    victims = [NULL_REASONER, NULL_VERIFIER, COORDINATOR, TRAINER, DRIVER]
+    for run in _killed_at_random(tmp_path / "run", random.Random(seed), victims, *NULL):
+        assert run.end() in (0, -signal.SIGKILL), "".join(run.lines)
+    assert_nothing_is_lost(RunDirectory(tmp_path / "run"), undisturbed)
+    assert rows(RunDirectory(tmp_path / "run")) == rows(undisturbed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_four_kills_at_random_moments_of_one_run(finished: RunDirectory, tmp_path: Path, seed: int) -> None:
-    for run in _killed_at_random(tmp_path / "run", random.Random(seed), kills=4):
-        code = run.end()
-        assert code == 0 or run.process.returncode == -signal.SIGKILL, "".join(run.lines)
+    victims = [ROLLOUT, ENGINE, VERIFIER, COORDINATOR, TRAINER, DRIVER]
+    for run in _killed_at_random(tmp_path / "run", random.Random(seed), victims):
+        assert run.end() in (0, -signal.SIGKILL), "".join(run.lines)
     assert_nothing_is_lost(RunDirectory(tmp_path / "run"), finished)
 
 
-def _killed_at_random(path: Path, rng: random.Random, kills: int) -> Iterator[Running]:
-    """The same command again and again: killed at random until so many kills are done, then left to its end."""
-    victims = [ROLLOUT, ENGINE, VERIFIER, COORDINATOR, TRAINER, DRIVER]
-    run = Running(path)
-    while kills:
+def _killed_at_random(path: Path, rng: random.Random, victims: Sequence[str], *overrides: str) -> Iterator[Running]:
+    """The same command again and again: killed at random until `KILLS` are done, then left to its end."""
+    kills = 0
+    run = Running(path, *overrides)
+    while kills < KILLS and (run.process.poll() is None or run.process.returncode != 0):
         time.sleep(rng.uniform(2, 20))
         victim = rng.choice(victims)
         if run.process.poll() is None and run.kill(victim):
-            kills -= 1
+            kills += 1
         if run.process.poll() is not None or victim == DRIVER:
             yield run
-            run = Running(path)
+            run = Running(path, *overrides)
     yield run
