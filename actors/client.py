@@ -16,11 +16,15 @@ from sapo_ray.progress import Reporter
 MAX_DEATHS = 3
 """Deaths of the coordinator in one call after which the run gives up."""
 
+FLUSH_SECONDS = 10.0
+"""How long an interrupted driver lets the coordinator record what is done of a stage."""
+
 
 class CoordinatorClient:
     """Starts the coordinator with the first call. Use as a context manager: it and its pools are gone afterwards.
 
-    Where an error or Ctrl-C ends it, nothing is waited for: Ray ends the pools with the coordinator that owns them.
+    Where an error or Ctrl-C ends it, nothing is waited for but, by the latter, the record of what is done: Ray ends the
+    pools with the coordinator that owns them.
     """
 
     def __init__(self, config: RunConfig, run_path: str, reporter: Reporter) -> None:
@@ -74,9 +78,14 @@ class CoordinatorClient:
                 raise SapoError(f"{method}: {type(error).__name__}: {_one_line(error)}") from error
 
     def _wait(self, answer: Any) -> Any:
-        while not ray.wait([answer], timeout=1.0)[0]:
-            self._show(ray.get(self._actor.progress.remote()))
-        return ray.get(answer)
+        try:
+            while not ray.wait([answer], timeout=1.0)[0]:
+                self._show(ray.get(self._actor.progress.remote()))
+            return ray.get(answer)
+        except KeyboardInterrupt:
+            ray.cancel(answer)
+            ray.wait([answer], timeout=FLUSH_SECONDS)
+            raise
 
     def _show(self, progress: dict[str, Any]) -> None:
         for event in progress["events"]:

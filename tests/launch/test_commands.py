@@ -142,7 +142,7 @@ def coordinator(finished: RunDirectory, config: Path) -> Iterator[CoordinatorCli
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
-        CoordinatorClient(settings, finished.path, reporter) as client,
+        CoordinatorClient(settings, finished.location, reporter) as client,
     ):
         client.use(reasoner=finished.checkpoint("reasoner", 0), verifier=finished.checkpoint("verifier", 0))
         yield client
