@@ -54,9 +54,13 @@ class CoordinatorClient:
 
     def pause(self) -> None:
         """Have engines and verifiers give their place to others until the next call."""
-        if self._actor is not None:
+        if self._actor is None:
+            return
+        try:
             ray.get(self._actor.pause.remote())
             self._paused = True
+        except RayActorError:  # dead, and its pools with it: their place is free
+            self._actor, self._loaded = None, {}
 
     def call(self, method: str, *args: Any) -> Any:
         """Call the coordinator and show its progress until it answers; if it dies, start it again and call once more.

@@ -194,6 +194,8 @@ class Engines:
                     yield item, None
                 else:
                     yield item, result
+        for pool in self._pools:  # what comes next, nobody knows: no worker is held or started for it
+            pool.upcoming = 0
 
     def progress(self) -> dict[str, Any]:
         """Counts of the stage in progress, and what has happened to workers since the last call, a line each."""
@@ -223,7 +225,7 @@ class Engines:
     def _look_ahead(self) -> None:
         """Tell the pools what the items that have not begun will ask of them, if they are like those that have."""
         for pool in self._pools:
-            pool.upcoming = (self._total - self._begun) * self._asked[pool] / self._begun
+            pool.upcoming = max(0, self._total - self._begun) * self._asked[pool] / self._begun
 
 
 def _question_id(item: object) -> str:

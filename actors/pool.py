@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
@@ -297,9 +297,8 @@ class ElasticPool(Generic[Request, Result]):
     async def _start(self, worker: _Worker) -> None:
         try:
             worker.place = await worker.actor.where.remote()
-            await worker.actor.ready.remote()
-            await self._reload(worker)
-        except RayActorError as error:
+            await self._in_time(self._make_ready(worker))
+        except (RayActorError, EngineDeadError) as error:
             if worker in self._workers:  # not ended by the pool itself
                 self._failed_starts += not _node_is_lost(error)
                 if self._failed_starts >= FAILED_STARTS:
@@ -313,6 +312,17 @@ class ElasticPool(Generic[Request, Result]):
             self._spawn(self._watch(worker))
             self._changed.set()
             self._wake()
+
+    async def _make_ready(self, worker: _Worker) -> None:
+        await worker.actor.ready.remote()
+        await self._reload(worker)
+
+    async def _in_time(self, work: Awaitable[None]) -> None:
+        """A worker's start, or a command to it. Raises EngineDeadError where that takes `hang_after` seconds."""
+        try:
+            await asyncio.wait_for(work, self._scaling.hang_after)
+        except TimeoutError:
+            raise EngineDeadError(f"hung: no answer for {self._scaling.hang_after:g} s") from None
 
     async def _reload(self, worker: _Worker) -> None:
         while worker.version != self._version:
@@ -465,7 +475,7 @@ class ElasticPool(Generic[Request, Result]):
             while self._calls:
                 await asyncio.wait(self._calls)
             ready = [worker for worker in self._workers if worker.ready]
-            outcomes = await asyncio.gather(*map(work, ready), return_exceptions=True)
+            outcomes = await asyncio.gather(*(self._in_time(work(w)) for w in ready), return_exceptions=True)
         for worker, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, RayActorError | EngineDeadError):
                 self._lose(worker, _one_line(outcome))

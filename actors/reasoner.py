@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.child_log import ChildLog
 from actors.logs import about, answering
@@ -20,6 +20,8 @@ from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Samplin
 from sapo_ray.scaling import ScalingConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class RolloutWorker(PoolWorker):
@@ -74,30 +76,44 @@ class RolloutWorker(PoolWorker):
         path = await asyncio.to_thread(local_checkpoint, checkpoint)
         if not Path(path, "config.json").is_file():
             raise SapoError(f"no checkpoint to load at {checkpoint}: config.json is missing")
-        await self._engine.collective_rpc("load_checkpoint", args=(path,))
+        await self._command(self._engine.collective_rpc("load_checkpoint", args=(path,)))
         self._model = checkpoint
         await self.reset_prefix_cache()
         logger.info("%s is loaded in place", checkpoint)
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached prefix. Raises RuntimeError while requests run, whose prefixes vLLM keeps."""
-        if not await self._engine.reset_prefix_cache():
+        if not await self._command(self._engine.reset_prefix_cache()):
             raise RuntimeError("the prefix cache cannot be reset while requests are running")
 
     async def sleep(self) -> None:
         """Give the device's memory back; the weights wait in the node's."""
-        await self._engine.sleep(level=1)
+        await self._command(self._engine.sleep(level=1))
         logger.info("the engine sleeps")
 
     async def wake(self) -> None:
         """Take the device's memory again."""
-        await self._engine.wake_up()
+        await self._command(self._engine.wake_up())
         logger.info("the engine is awake")
 
     async def close(self) -> None:
         """Stop the engine and its process."""
         if self._engine is not None:
             self._engine.shutdown()
+
+    async def _command(self, command: Awaitable[T]) -> T:
+        """What a command to the engine comes to. Raises EngineDeadError where it is dead, or dies meanwhile.
+
+        vLLM leaves a command unanswered whose engine has died.
+        """
+        log, asked = ChildLog(), asyncio.ensure_future(command)
+        while not self._engine.errored and not asked.done():
+            await asyncio.wait([asked], timeout=1.0)
+        if self._engine.errored:
+            asked.cancel()
+            await asyncio.wait([asked])
+            raise EngineDeadError(f"vLLM engine for {self._model} died: {log.cause(self._engine.dead_error)}")
+        return asked.result()
 
     async def _complete(self, request: GenerateRequest) -> Completion:
         from vllm.inputs import tokens_input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
 
 TAIL_LINES = 20
+TAIL_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ async def log_tail(place: Place | None) -> str:
         return "(no log: the worker never said where it was)"
     here = NodeAffinitySchedulingStrategy(place.node, soft=False)
     try:
-        return await _tail.options(scheduling_strategy=here).remote(place.logs)
+        return await asyncio.wait_for(_tail.options(scheduling_strategy=here).remote(place.logs), TAIL_SECONDS)
     except Exception as error:  # its node may be gone
         return f"(the log is out of reach: {type(error).__name__})"
 

@@ -72,8 +72,9 @@ class Lease:
                 self._run.remove([LEASE])
 
     def _write(self) -> None:
-        self._renewed = time.time()
-        self._run.write(LEASE, json.dumps({**self._mine, "renewed": self._renewed, "seconds": self._seconds}))
+        now = time.time()
+        self._run.write(LEASE, json.dumps({**self._mine, "renewed": now, "seconds": self._seconds}))
+        self._renewed = now
 
     def _renew(self) -> None:
         while not self._lost and not self._end.wait(self._seconds / _RENEWALS):

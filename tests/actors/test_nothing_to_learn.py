@@ -28,7 +28,15 @@ from sapo_ray.objectives.base import collate
 from sapo_ray.objectives.sft import SFT
 from sapo_ray.report import warning_signs
 from sapo_ray.sampler import original_trajectory
-from sapo_ray.store import RunDirectory, label_row, labelled_of, rollout_of, trajectory_of, trajectory_row
+from sapo_ray.store import (
+    RunDirectory,
+    checkpoint_name,
+    label_row,
+    labelled_of,
+    rollout_of,
+    trajectory_of,
+    trajectory_row,
+)
 from sapo_ray.tasks.chain import VOCABULARY, Chain
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -212,7 +220,11 @@ def test_samples_that_are_all_right_are_labelled_without_a_check(
 ) -> None:
     """Round 1 on the first run's round 0, by a reasoner that knows every solution of the pool by heart."""
     store = _from_round_zero(unanswered[0], tmp_path / "right")
-    _learn_by_heart(store.checkpoint("reasoner", 0), Chain(config.task))
+    name = checkpoint_name("reasoner", 0)
+    with store.folder.staging(name) as directory:
+        _learn_by_heart(store.checkpoint("reasoner", 0), Chain(config.task), directory)
+        files = store.put(directory, name)
+    store.finish("round-0/sft", {**store.stages()["round-0/sft"], "files": files})
     sampling = replace(config.sampling, stop=[], temperature=0.0)
     with Run(replace(config, rounds=1, sampling=sampling), store, Recorder()) as run:
         run.sample_and_label(1)
@@ -229,8 +241,8 @@ def test_samples_that_are_all_right_are_labelled_without_a_check(
     assert warning_signs(1, store.stages()) == ["no step of a sampled solution is labelled wrong"]
 
 
-def _learn_by_heart(checkpoint: Path, task: Chain) -> None:
-    """Train a reasoner, where it lies, on the solutions of the pool."""
+def _learn_by_heart(checkpoint: str, task: Chain, path: Path) -> None:
+    """Train a reasoner on the solutions of the pool, into the directory `path`."""
     torch.set_num_threads(1)  # for so small a model the second one only gets in the engines' way
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     solved = [
@@ -243,7 +255,8 @@ def _learn_by_heart(checkpoint: Path, task: Chain) -> None:
         optimizer.zero_grad()
         SFT().terms(model, batch)["nll"].backward()
         optimizer.step()
-    model.save_pretrained(checkpoint)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
 def _from_round_zero(finished: RunDirectory, path: Path) -> RunDirectory:

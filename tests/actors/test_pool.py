@@ -71,12 +71,16 @@ class Doubler(PoolWorker):
     async def ready(self) -> None:
         if self.checkpoint == "no disk":
             raise OSError("no disk")
+        if self.checkpoint == "endless":
+            await asyncio.sleep(1000)
         if self.checkpoint == "deadly":
             os._exit(1)
 
     async def load(self, checkpoint: str) -> None:
         if checkpoint == "no disk":
             raise OSError("no disk")
+        if checkpoint == "hang":
+            await asyncio.sleep(1000)
         self.checkpoint = checkpoint
 
     async def double(self, batch: list[Ask]) -> list[Any]:
@@ -419,3 +423,22 @@ def test_a_closed_pool_fails_what_waits_and_all_that_comes() -> None:
             await pool.submit(Ask(3))
 
     run(test, gate=gate)
+
+
+def test_a_worker_that_hangs_over_a_checkpoint_is_replaced_by_one_that_starts_with_it() -> None:
+    async def test(pool: TestPool) -> None:
+        await pool.load("hang")
+        assert await submit(pool, 1, "checkpoint") == [2, "hang"]
+        assert pool.stats().counts["dead"] == 1
+        assert any("hung: no answer for 2 s" in event for event in pool.events())
+
+    run(test, scaling=ScalingConfig(hang_after=2))
+
+
+def test_workers_that_never_start_end_the_pool_with_that_cause() -> None:
+    async def main() -> None:
+        pool = make_pool(scaling=ScalingConfig(hang_after=2))
+        with pytest.raises(WorkerError, match="start failed: hung: no answer for 2 s"):
+            await asyncio.wait_for(pool.load("endless"), 90)
+
+    asyncio.run(main())

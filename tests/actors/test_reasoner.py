@@ -257,5 +257,18 @@ def test_a_killed_engine_or_worker_is_replaced_and_its_requests_are_answered_as_
     (untied.engine,) = set(_engines()) - {engine, *untied.others}
 
 
+def test_an_engine_that_died_idle_is_replaced_when_the_next_checkpoint_comes(
+    untied: Session, checkpoints: dict[str, str]
+) -> None:
+    engine, before = untied.engine, untied.pool.stats().counts.get("dead", 0)
+    engine.kill()
+    engine.wait(30)
+    untied.load(checkpoints["untied"])
+    (completion,) = untied.generate(requests(prompts(1), Sampling(max_tokens=4)))
+    assert completion.generated_tokens
+    assert untied.pool.stats().counts["dead"] == before + 1
+    (untied.engine,) = set(_engines()) - {engine, *untied.others}
+
+
 def _engines() -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if process.name() == "VLLM::EngineCore"]

@@ -140,7 +140,7 @@ class InterruptionError(Exception):
     pass
 
 
-def interrupt(done: int, total: int, loss: float) -> None:
+def interrupt(total: int, updates: list[dict[str, float]]) -> None:
     """A report that ends the training with its first update."""
     raise InterruptionError
 
@@ -263,7 +263,8 @@ def test_bf16_trains_on_fp32_master_weights(home: Path, tmp_path: Path, stage: i
 def test_gradient_checkpointing_is_at_work_where_it_is_on(home: Path, tmp_path: Path, on: bool) -> None:
     from actors.train_loop import load_model
 
-    model = load_model(job(home, tmp_path / "out", gradient_checkpointing=on), "causal_lm")
+    asked = job(home, tmp_path / "out", gradient_checkpointing=on)
+    model = load_model(asked, asked.init, "causal_lm")
     passes = []
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: passes.append(1))
     model(torch.tensor([[2, 3, 4]])).logits.sum().backward()
@@ -276,7 +277,7 @@ def test_a_model_with_dropout_trains_without_it(home: Path, tmp_path: Path) -> N
     shutil.copytree(home / "init", tmp_path / "init")
     config = json.loads((tmp_path / "init" / "config.json").read_text())
     (tmp_path / "init" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
-    model = load_model(replace(job(home, tmp_path / "out"), init=str(tmp_path / "init")), "token_classification")
+    model = load_model(job(home, tmp_path / "out"), str(tmp_path / "init"), "token_classification")
     logits = [model(torch.tensor([[2, 3, 4, 5, 6, 7]])).logits for _ in range(2)]
     assert torch.equal(*logits)
 

@@ -113,7 +113,7 @@ def test_evaluate_a_verifier_on_labels(finished: RunDirectory, config: Path) -> 
     assert float(found[1]) == pytest.approx(expected, abs=1e-4)
     wrong = sum(not r.trajectory.correct and 0 in r.step_labels for r in rows)  # nothing is masked here
     assert re.search(rf"wrong_trajectories\s*│\s*{wrong}\s*│", table)
-    threshold = json.loads((checkpoint / "calibration.json").read_text())["threshold"]
+    threshold = json.loads(Path(checkpoint, "calibration.json").read_text())["threshold"]
     assert re.search(rf"threshold\s*│\s*{threshold:.4g}\s*│", table)
 
 

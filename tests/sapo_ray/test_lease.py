@@ -109,6 +109,22 @@ def test_a_driver_that_lost_its_lease_stops_and_leaves_the_new_one_alone(tmp_pat
     assert holder(folder) == "other"
 
 
+def test_a_driver_that_cannot_renew_its_lease_stops_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    def drive() -> None:
+        with Lease(Folder(tmp_path), seconds=1.0):
+            monkeypatch.setattr(Folder, "write", full)
+            while True:
+                time.sleep(0.01)
+
+    with pytest.raises(SapoError, match=r"the lease could not be renewed: .*no space left; this driver stops"):
+        drive()
+
+
 def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / LEASE).write_text("{")
     with pytest.raises(SapoError, match=rf"{tmp_path}/lease\.json is damaged: .*; remove it if no driver"):
