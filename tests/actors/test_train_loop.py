@@ -141,8 +141,9 @@ class InterruptionError(Exception):
 
 
 def interrupt(total: int, updates: list[dict[str, float]]) -> None:
-    """A report that ends the training with its first update."""
-    raise InterruptionError
+    """A report that ends the training when its first update is saved and its second made."""
+    if updates[-1]["update"] > 1:
+        raise InterruptionError
 
 
 def losses(result: TrainResult) -> list[float]:
