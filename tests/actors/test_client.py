@@ -24,7 +24,7 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 KINDS: tuple[Kind, ...] = ("trajectories", "labels", "rollouts")
 OVERRIDES = (
     *("engine.kind=null", "verifier.kind=null", "labeling.start_score='1'", "sampling.questions=24"),
-    *("simulation.token_seconds=0.05", "ray.questions_in_flight=3", "ray.questions_per_shard=4"),
+    *("simulation.token_seconds=0.02", "ray.questions_in_flight=3", "ray.questions_per_shard=4"),
 )
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

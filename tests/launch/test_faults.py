@@ -80,15 +80,6 @@ def _ancestors(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def ids(store: RunDirectory, number: int) -> dict[str, list[str]]:
-    """The request ids that a round has results of: samples, and rollouts of the checks that were made."""
-    return {
-        "sampled": [row["trajectory_id"] for row in store.read(number, "trajectories")],
-        "labelled": [row["trajectory_id"] for row in store.read(number, "labels")],
-        "rollouts": [row["rollout_id"] for row in store.read(number, "rollouts")],
-    }
-
-
 def assert_nothing_is_lost(store: RunDirectory, undisturbed: RunDirectory) -> None:
     """Every question has its samples, nothing is stored twice, and every label follows from the stored rollouts."""
     audit = subprocess.run(
