@@ -82,6 +82,7 @@ class CoordinatorClient:
                 raise SapoError(f"{method}: {type(error).__name__}: {_one_line(error)}") from error
 
     def _wait(self, answer: Any) -> Any:
+        """The coordinator's answer; what it does or waits for, such as nodes for its workers, is shown meanwhile."""
         try:
             while not ray.wait([answer], timeout=1.0)[0]:
                 self._show(ray.get(self._actor.progress.remote()))
@@ -105,11 +106,11 @@ class CoordinatorClient:
             self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path)
         ray.get(self._actor.enter.remote(stage))
         if self._paused:
-            ray.get(self._actor.resume.remote())
+            self._wait(self._actor.resume.remote())
         self._paused = False
         for role, checkpoint in self._wanted.items():
             if self._loaded.get(role) != checkpoint:
-                ray.get(getattr(self._actor, f"load_{role}").remote(checkpoint))
+                self._wait(getattr(self._actor, f"load_{role}").remote(checkpoint))
                 self._loaded[role] = checkpoint
 
 
