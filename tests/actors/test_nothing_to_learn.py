@@ -227,6 +227,8 @@ def test_samples_that_are_all_right_are_labelled_without_a_check(
     store.finish("round-0/sft", {**store.stages()["round-0/sft"], "files": files})
     sampling = replace(config.sampling, stop=[], temperature=0.0)
     with Run(replace(config, rounds=1, sampling=sampling), store, Recorder()) as run:
+        run.sample_and_label(0)  # this and the next are done already
+        run.train_verifier(0)
         run.sample_and_label(1)
     rows = [labelled_of(row) for row in store.read(1, "labels")]
     assert [row.trajectory for row in rows] == [trajectory_of(row) for row in store.read(1, "trajectories")]
