@@ -306,8 +306,7 @@ class Coordinator:
         fixed = fixed_start_score(self._config.labeling)
         if fixed is not None or self._engines.calibration is None:
             return fixed
-        start = self._engines.calibration.start_score
-        return 1.0 if start is None else start
+        return self._engines.calibration.start
 
     def _threshold(self) -> float:
         return self._engines.calibration.threshold if self._engines.calibration else 0.5

@@ -81,5 +81,5 @@ def _audit_predictions(
     if calibration is None and config.labeling.uses_scores and fixed_start_score(config.labeling) is None:
         yield f"{verifier} has no calibration.json, without which no prediction can be derived again"
         return
-    start = 1.0 if calibration is None or calibration.start_score is None else calibration.start_score
+    start = 1.0 if calibration is None else calibration.start
     yield from audit_predictions(labelled, make_labeler(config.labeling, start, config.seed))

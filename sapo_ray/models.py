@@ -124,6 +124,11 @@ class Calibration:
     start_score: float | None
     threshold: float
 
+    @property
+    def start(self) -> float:
+        """What detection lets the first step drop from: the start score, 1 where there is none."""
+        return 1.0 if self.start_score is None else self.start_score
+
     @staticmethod
     def load(checkpoint: str) -> Calibration | None:
         """The calibration stored with a checkpoint, or None. Raises DamagedError where it is not what was written."""
