@@ -61,11 +61,8 @@ class RolloutWorker(PoolWorker):
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion | Exception]:
         """The completions of `requests`, in order; in place of a request that the engine refuses, the reason."""
-        log = ChildLog()
         with answering("generate", [request.id for request in requests]):
-            results = await asyncio.gather(*map(self._complete, requests), return_exceptions=True)
-            if self._engine.errored:
-                raise EngineDeadError(f"vLLM engine for {self._model} died: {log.cause(self._engine.dead_error)}")
+            results = await self._command(asyncio.gather(*map(self._complete, requests), return_exceptions=True))
         return [
             _refusal(request, result) if isinstance(result, BaseException) else result
             for request, result in zip(requests, results, strict=True)
