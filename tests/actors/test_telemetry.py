@@ -107,7 +107,13 @@ def test_every_metric_is_exported_under_its_name_with_its_tags(scrape: Callable[
     process = Process.remote()
     ray.get(process.live.remote())
     names = {exported(name): METRICS[name] for name in METRICS.keys() - TRAINING}
+
+    def value(name: str, **labels: str) -> float:
+        return sum(s.value for s in samples if s.name == exported(name) and labels.items() <= s.labels.items())
+
     samples = scrape(names)
+    while value("sapo_generated_tokens") < 11 or not value("sapo_scaling_decisions", direction="down"):
+        samples = scrape(names)
     tags = defaultdict(set)
     for sample in samples:
         assert sample.labels["run"] == "local"
@@ -115,10 +121,6 @@ def test_every_metric_is_exported_under_its_name_with_its_tags(scrape: Callable[
     assert tags.keys() == names.keys()
     for name, metric in names.items():
         assert set(metric.tags) <= tags[name]
-
-    def value(name: str, **labels: str) -> float:
-        return sum(s.value for s in samples if s.name == exported(name) and labels.items() <= s.labels.items())
-
     assert (value("sapo_labels"), value("sapo_rollouts")) == (1, 2)
     assert (value("sapo_prompt_tokens"), value("sapo_cached_tokens"), value("sapo_generated_tokens")) == (3, 4, 11)
     assert (value("sapo_retries", pool="test"), value("sapo_quarantined", pool="test")) == (1, 1)

@@ -160,10 +160,10 @@ def test_a_training_is_told_update_by_update_counted_and_logged(
     asked, told = replace(job(home, "told"), run="local", stage="round-1/align"), list[dict[str, float]]()
     result = trainers[2].train(asked, on_updates=told.extend)
     assert told == result.metrics
+    names = {"ray_sapo_trained_tokens_total", "ray_sapo_loss"}
     seen: dict[str, Any] = {}
-    while "ray_sapo_loss" not in seen or seen["ray_sapo_trained_tokens_total"].value < result.tokens:
-        samples = scrape(["ray_sapo_trained_tokens_total"])
-        seen |= {sample.name: sample for sample in samples if sample.labels["run"] == "local"}
+    while not names <= seen.keys() or seen["ray_sapo_trained_tokens_total"].value < result.tokens:
+        seen |= {sample.name: sample for sample in scrape(names) if sample.labels["run"] == "local"}
     assert seen["ray_sapo_trained_tokens_total"].value == result.tokens
     loss = seen["ray_sapo_loss"]
     assert (loss.labels["stage"], loss.value) == ("round-1/align", pytest.approx(result.metrics[-1]["loss"]))
