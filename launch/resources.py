@@ -63,21 +63,34 @@ def phases(config: RunConfig) -> list[list[Demand]]:
 
 
 def check_fits(config: RunConfig, nodes: Sequence[Nodes]) -> None:
-    """Raises SapoError, naming keys and what is offered, for a demand that the nodes can never meet."""
+    """Raises SapoError, naming keys and what is offered, for a demand that the nodes can never meet.
+
+    What fits is never refused. What passes may yet not fit: how the workers of several sections share nodes is not
+    looked at.
+    """
     for wanted in phases(config):
         for demand in wanted:
-            _check_one_worker(demand, nodes)
+            if not _held(demand, nodes):
+                raise SapoError(f"no node has {_need(demand)}, which a worker needs on one node; {_offer(nodes)}")
         for kind in ("CPU", "GPU"):
             _check_total(wanted, nodes, kind)
+        for demand in wanted:
+            if (held := _held(demand, nodes)) < demand.workers:
+                raise SapoError(
+                    f"{demand.section}.workers is {demand.workers}, but no more than {held} can be up: each needs "
+                    f"{_need(demand)} on one node; {_offer(nodes)}"
+                )
 
 
-def _check_one_worker(demand: Demand, nodes: Sequence[Nodes]) -> None:
-    """A worker lives on one node."""
-    if any(all(n.resources.get(kind, 0) >= amount for kind, amount in demand.resources.items()) for n in nodes):
-        return
-    keys = " and ".join(f"{_key(demand, kind)} = {amount:g}" for kind, amount in demand.resources.items() if amount)
-    offers = "; ".join(f"{n.name}: {n.resources.get('CPU', 0):g} CPU, {n.resources.get('GPU', 0):g} GPU" for n in nodes)
-    raise SapoError(f"no node has {keys}, which a worker needs on one node; the cluster offers {offers}")
+def _held(demand: Demand, nodes: Sequence[Nodes]) -> int:
+    """How many of the workers the nodes could hold if these were all there is: a worker lives on one node."""
+    amounts = [(kind, amount) for kind, amount in demand.resources.items() if amount]
+
+    def on_one(node: Nodes) -> int:
+        room = (node.resources.get(kind, 0.0) / amount + 1e-9 for kind, amount in amounts)
+        return int(min([float(demand.workers), *room]))  # no more than there are: the room may be infinite
+
+    return sum(node.count * on_one(node) for node in nodes)
 
 
 def _check_total(wanted: Sequence[Demand], nodes: Sequence[Nodes], kind: str) -> None:
@@ -88,6 +101,19 @@ def _check_total(wanted: Sequence[Demand], nodes: Sequence[Nodes], kind: str) ->
     if needed > available + 1e-9:
         terms = " + ".join(f"{amount:g} ({keys})" for keys, amount in amounts.items() if amount)
         raise SapoError(f"the run needs {needed:g} {kind}s = {terms}, but Ray offers {available:g}; lower these keys")
+
+
+def _need(demand: Demand) -> str:
+    return " and ".join(f"{_key(demand, kind)} = {amount:g}" for kind, amount in demand.resources.items() if amount)
+
+
+def _offer(nodes: Sequence[Nodes]) -> str:
+    kinds = (
+        f"{n.name}{f' (up to {n.count})' if n.count != 1 else ''}: "
+        f"{n.resources.get('CPU', 0):g} CPU, {n.resources.get('GPU', 0):g} GPU"
+        for n in nodes
+    )
+    return f"the cluster offers {'; '.join(kinds)}"
 
 
 def _terms(demand: Demand, kind: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from launch.resources import Nodes, check_fits
-from sapo_ray.config import RunConfig
+from launch.resources import Nodes, check_fits, phases
+from sapo_ray.config import RayConfig, RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.training import TrainerConfig
@@ -32,7 +35,7 @@ def test_a_worker_that_no_node_can_hold_is_named_with_what_is_offered() -> None:
         check_fits(config, [HEAD, GPU_NODES])
     assert str(caught.value) == (
         "no node has engine.cpus_per_worker = 2 and engine.gpus_per_worker = 8, which a worker needs on one node; "
-        "the cluster offers head: 4 CPU, 0 GPU; node type gpu: 16 CPU, 4 GPU"
+        "the cluster offers head: 4 CPU, 0 GPU; node type gpu (up to 2): 16 CPU, 4 GPU"
     )
 
 
@@ -55,3 +58,84 @@ def test_colocated_engines_and_training_need_room_for_the_larger_of_the_two() ->
     check_fits(config, [HEAD, replace(GPU_NODES, count=1)])
     with pytest.raises(SapoError, match=r"needs 8 GPUs = 8 \(trainer.workers"):
         check_fits(replace(config, trainer=replace(config.trainer, workers=8)), [HEAD, replace(GPU_NODES, count=1)])
+
+
+def test_workers_that_would_have_to_straddle_nodes_are_named_with_how_many_can_be_up() -> None:
+    """Six GPUs are there, but three on either node: each holds one worker of two."""
+    config = replace(
+        CONFIG, placement="colocated", engine=EngineConfig(workers=3, gpus_per_worker=2, tensor_parallel_size=2)
+    )
+    with pytest.raises(SapoError) as caught:
+        check_fits(config, [HEAD, Nodes("a", 1, {"CPU": 16.0, "GPU": 3.0}), Nodes("b", 1, {"CPU": 16.0, "GPU": 3.0})])
+    assert str(caught.value) == (
+        "engine.workers is 3, but no more than 2 can be up: each needs engine.cpus_per_worker = 1 and "
+        "engine.gpus_per_worker = 2 on one node; the cluster offers head: 4 CPU, 0 GPU; a: 16 CPU, 3 GPU; "
+        "b: 16 CPU, 3 GPU"
+    )
+
+
+def test_tenths_of_a_cpu_add_up_to_whole_ones() -> None:
+    """0.3 / 0.1 is a little less than 3 in binary."""
+    check_fits(_only(3, 0.1, 0.0), [Nodes("small", 1, {"CPU": 0.3})])
+
+
+QUARTERS = st.integers(0, 8).map(lambda quarters: quarters / 4)
+"""Amounts that binary fractions hold exactly, so that nothing but the packing decides."""
+NODES = st.lists(
+    st.builds(
+        lambda count, cpu, gpu: Nodes("node", count, {"CPU": cpu, "GPU": gpu}), st.integers(0, 2), QUARTERS, QUARTERS
+    ),
+    min_size=1,
+    max_size=2,
+)
+SIZES = {"workers": st.integers(1, 2), "cpus_per_worker": QUARTERS, "gpus_per_worker": QUARTERS}
+
+
+@given(st.builds(EngineConfig, **SIZES), st.builds(VerifierConfig, **SIZES), st.builds(TrainerConfig, **SIZES), NODES)
+def test_a_run_whose_workers_can_be_packed_is_never_refused(
+    engine: EngineConfig, verifier: VerifierConfig, trainer: TrainerConfig, nodes: list[Nodes]
+) -> None:
+    config = RunConfig(engine=engine, verifier=verifier, trainer=trainer, ray=RayConfig(coordinator_cpus=0.25))
+    if _packable(config, nodes):
+        check_fits(config, nodes)
+
+
+@given(st.integers(1, 4), QUARTERS, QUARTERS, NODES)
+def test_workers_of_one_kind_are_refused_where_they_cannot_be_packed(
+    workers: int, cpus: float, gpus: float, nodes: list[Nodes]
+) -> None:
+    config = _only(workers, cpus, gpus)
+    if _packable(config, nodes):
+        check_fits(config, nodes)
+    else:
+        with pytest.raises(SapoError, match=r"engine\.|no node"):
+            check_fits(config, nodes)
+
+
+def _only(workers: int, cpus: float, gpus: float) -> RunConfig:
+    """A config all of whose demand is its engines'."""
+    return RunConfig(
+        engine=EngineConfig(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus),
+        verifier=VerifierConfig(cpus_per_worker=0),
+        trainer=TrainerConfig(cpus_per_worker=0),
+        ray=RayConfig(coordinator_cpus=0),
+    )
+
+
+def _packable(config: RunConfig, nodes: Sequence[Nodes]) -> bool:
+    """Whether all workers have a node, by trying every way to place them."""
+    (wanted,) = phases(config)
+    needs = [(d.resources.get("CPU", 0.0), d.resources.get("GPU", 0.0)) for d in wanted for _ in range(d.workers)]
+    free = [(node.resources["CPU"], node.resources["GPU"]) for node in nodes for _ in range(node.count)]
+    return _place(needs, free)
+
+
+def _place(needs: Sequence[tuple[float, float]], free: Sequence[tuple[float, float]]) -> bool:
+    if not needs:
+        return True
+    (cpu, gpu), *others = needs
+    return any(
+        _place(others, [*free[:i], (cpus - cpu, gpus - gpu), *free[i + 1 :]])
+        for i, (cpus, gpus) in enumerate(free)
+        if cpus >= cpu and gpus >= gpu
+    )
