@@ -19,6 +19,9 @@ from sapo_ray.errors import SapoError
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, thread_environment
 from sapo_ray.scaling import ScalingConfig
 
+DYING_SECONDS = 15.0
+"""How long commands may fail of an engine that has lost one of its processes, before vLLM says that it is dead."""
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -101,11 +104,15 @@ class RolloutWorker(PoolWorker):
     async def _command(self, command: Awaitable[T]) -> T:
         """What a command to the engine comes to. Raises EngineDeadError where it is dead, or dies meanwhile.
 
-        vLLM leaves a command unanswered whose engine has died.
+        vLLM leaves a command unanswered whose engine has died, and has one fail whose engine is about to.
         """
         log, asked = ChildLog(), asyncio.ensure_future(command)
         while not self._engine.errored and not asked.done():
             await asyncio.wait([asked], timeout=1.0)
+        if asked.done() and asked.exception():
+            until = time.monotonic() + DYING_SECONDS
+            while not self._engine.errored and time.monotonic() < until:
+                await asyncio.sleep(0.1)
         if self._engine.errored:
             asked.cancel()
             await asyncio.wait([asked])
@@ -180,6 +187,9 @@ def engine_args(config: EngineConfig, model: str) -> dict[str, Any]:
         # A seeded request whose prompt is cut into chunks rewinds its generator, which a CPU generator cannot do: it
         # would kill the engine.
         args["enable_chunked_prefill"] = False
+    if config.tensor_parallel_size > 1:
+        # Processes of this node, on the devices of this actor; within a placement group vLLM would start Ray actors.
+        args["distributed_executor_backend"] = "mp"
     return {**args, **config.extra}
 
 
@@ -191,4 +201,8 @@ def environment(config: EngineConfig) -> dict[str, str]:
     if config.tensor_parallel_size == 1:
         # The model runs within the engine's process: a worker process of its own would poll for work, even when idle.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return variables | thread_environment(config)
+    else:
+        # vLLM would bind each of the engine's processes to all cores of a NUMA node of its own, and refuse to start
+        # where there are fewer nodes.
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return variables | thread_environment(config, config.tensor_parallel_size)

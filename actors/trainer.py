@@ -253,7 +253,10 @@ def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
     return ray.train.ScalingConfig(
-        num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+        num_workers=config.workers,
+        use_gpu=config.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        placement_strategy=config.placement.upper(),
     )
 
 

@@ -119,7 +119,8 @@ class EngineConfig(PoolConfig):
     """`vllm`, or null: workers without a model, for tests and benchmarks of all but the engine. They solve the prompt's
     question, with seeded mistakes and delays (see `simulation`); of a checkpoint they read the tokenizer only."""
     tensor_parallel_size: int = changeable(1)
-    """GPUs of one node that an engine spreads its weights over; at most `gpus_per_worker`."""
+    """GPUs of one node that an engine spreads its weights over, at most `gpus_per_worker`; without GPUs, processes that
+    share the worker's CPU threads."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Type of weights and activations; `auto` takes the checkpoint's."""
     max_model_len: int = 512
@@ -196,7 +197,7 @@ def cpu_threads(config: PoolConfig) -> int:
     return config.threads or max(1, int(config.cpus_per_worker))
 
 
-def thread_environment(config: PoolConfig) -> dict[str, str]:
-    """Environment variables that give a worker's process its threads. They wait passively: threads that wait actively
-    stall each other as soon as they outnumber the free cores."""
-    return {"OMP_NUM_THREADS": str(cpu_threads(config)), "OMP_WAIT_POLICY": "PASSIVE"}
+def thread_environment(config: PoolConfig, processes: int = 1) -> dict[str, str]:
+    """Environment variables that give each of a worker's processes its threads. They wait passively: threads that wait
+    actively stall each other as soon as they outnumber the free cores."""
+    return {"OMP_NUM_THREADS": str(max(1, cpu_threads(config) // processes)), "OMP_WAIT_POLICY": "PASSIVE"}

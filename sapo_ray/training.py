@@ -89,6 +89,8 @@ class TrainerConfig:
     """CPUs that Ray sets aside for each; may be a fraction."""
     gpus_per_worker: float = changeable(0.0)
     """GPUs that Ray sets aside for each. Above 0: NCCL on CUDA; 0: gloo on CPUs."""
+    placement: Literal["pack", "spread"] = changeable("pack")
+    """Strategy of the workers' placement group: `pack` puts them on as few nodes as it can, `spread` on as many."""
     threads_per_worker: int = changeable(1)
     """Torch's threads in each."""
     keep_workers: bool = changeable(True)

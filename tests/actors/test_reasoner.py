@@ -71,13 +71,13 @@ def cluster() -> Iterator[None]:
 class Session:
     """One engine for the whole module, in a loop that outlives each test."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, config: EngineConfig = CONFIG) -> None:
         self.loop = asyncio.new_event_loop()
-        self.start(checkpoint)
+        self.start(checkpoint, config)
 
-    def start(self, checkpoint: str) -> None:
+    def start(self, checkpoint: str, config: EngineConfig) -> None:
         self.others = set(_engines())
-        self.pool = reasoner_pool(CONFIG, ScalingConfig())
+        self.pool = reasoner_pool(config, ScalingConfig())
         self.load(checkpoint)
         (self.engine,) = set(_engines()) - self.others
 
@@ -268,6 +268,22 @@ def test_an_engine_that_died_idle_is_replaced_when_the_next_checkpoint_comes(
     assert completion.generated_tokens
     assert untied.pool.stats().counts["dead"] == before + 1
     (untied.engine,) = set(_engines()) - {engine, *untied.others}
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_engine_are_greedy_as_one_is_and_end_together(checkpoints: dict[str, str]) -> None:
+    session = Session(checkpoints["tied"], replace(CONFIG, tensor_parallel_size=2))
+    assert_greedy(session, checkpoints["tied"])
+    session.load(checkpoints["other tied"])
+    assert_greedy(session, checkpoints["other tied"])
+    shards = [process for process in session.engine.children() if process.name().startswith("VLLM::Worker_TP")]
+    assert len(shards) == 2
+    shards[1].kill()
+    session.load(checkpoints["tied"])
+    assert_greedy(session, checkpoints["tied"])
+    assert session.pool.stats().counts["dead"] == 1
+    assert not psutil.wait_procs([session.engine, *shards], timeout=30)[1]
+    session.run(session.pool.close())
 
 
 def _engines() -> list[psutil.Process]:

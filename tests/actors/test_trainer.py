@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray.util import placement_group_table
 from transformers import AutoModelForCausalLM
 
 from actors.trainer import Trainer, TrainingError
@@ -58,14 +59,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trainers(home: Path) -> Iterator[dict[int, Trainer]]:
-    """By number of workers. The lone worker's group survives no crash, the pair's survives one."""
+    """By number of workers. The lone worker's group survives no crash, the pair's, which is spread, survives one."""
     ray.init(num_cpus=2, log_to_driver=False, _system_config={"metrics_report_interval_ms": 3000})
-    trainers = {
-        workers: Trainer(
-            TrainerConfig(workers=workers, cpus_per_worker=0.5, max_failures=workers - 1), home / "ray", f"of-{workers}"
-        )
-        for workers in (1, 2)
-    }
+    lone = TrainerConfig(workers=1, cpus_per_worker=0.5, max_failures=0)
+    pair = replace(lone, workers=2, max_failures=1, placement="spread")
+    trainers = {config.workers: Trainer(config, home / "ray", f"of-{config.workers}") for config in (lone, pair)}
     for trainer in trainers.values():
         trainer.start()
     yield trainers
@@ -136,6 +134,13 @@ def test_two_workers_learn_what_one_learns_under_every_zero_stage(home: Path, tr
             torch.testing.assert_close(
                 dict(trained.named_parameters()), dict(same.named_parameters()), atol=1e-4, rtol=0
             )
+
+
+def test_a_group_is_placed_as_its_config_says(home: Path, trainers: dict[int, Trainer]) -> None:
+    for workers, trainer in trainers.items():
+        trainer.train(job(home, f"placed-{workers}", max_updates=1))
+    groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    assert {len(group["bundles"]): group["strategy"] for group in groups} == {1: "PACK", 2: "SPREAD"}
 
 
 def test_a_job_at_fault_fails_with_its_cause_and_the_group_lives_on(home: Path, trainers: dict[int, Trainer]) -> None:
