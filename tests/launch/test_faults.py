@@ -2,99 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
-from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory
+from tests.launch.runs import DRIVER, NULL, Running, assert_nothing_is_lost, rows
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 ROLLOUT, ENGINE, VERIFIER = "ray::RolloutWorker", "VLLM::EngineCore", "ray::VerifierWorker"
-COORDINATOR, TRAINER, DRIVER = "ray::Coordinator", "ray::RayTrainWorker", "driver"
+COORDINATOR, TRAINER = "ray::Coordinator", "ray::RayTrainWorker"
 NULL_REASONER, NULL_VERIFIER = "ray::NullReasoner", "ray::NullVerifier"
-NULL = ("engine.kind=null", "verifier.kind=null", "simulation.token_seconds=0.05", "simulation.score_seconds=0.2")
-"""Workers without a model, slow enough to be met at work."""
 KILLS = 4
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
-
-
-class Running:
-    """`sapo run` as a process of its own, its stages as they end, and its Ray's processes by name."""
-
-    def __init__(self, path: Path, *overrides: str) -> None:
-        command = [sys.executable, "-m", "launch", "run", str(TINY), f"run_dir={path}", *overrides]
-        self.store = RunDirectory(path)
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stderr
-        self.lines.extend(line for line in self.process.stderr)
-
-    def wait_for_stage(self, name: str) -> None:
-        while name not in self.store.stages():
-            assert self.process.poll() is None, "".join(self.lines)
-            time.sleep(0.05)
-
-    def kill(self, victim: str) -> bool:
-        """SIGKILL a process by the name Ray gives it; whether there was one."""
-        if victim == DRIVER:
-            daemons = psutil.Process(self.process.pid).children()
-            self.process.kill()
-            for daemon in daemons:  # Ray's own, which outlive a driver that is killed
-                daemon.kill()
-            return True
-        for process in psutil.process_iter(["name", "cmdline"]):
-            title = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
-            if title.startswith(victim) and self.process.pid in {p.pid for p in _ancestors(process)}:
-                process.kill()
-                return True
-        return False
-
-    def kill_soon(self, victim: str, seconds: float = 20.0) -> None:
-        until = time.monotonic() + seconds
-        while not self.kill(victim):
-            assert time.monotonic() < until, f"no {victim} to kill: {''.join(self.lines)}"
-            time.sleep(0.05)
-
-    def end(self) -> int:
-        return self.process.wait(900)
-
-
-def _ancestors(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.parents()
-    except psutil.NoSuchProcess:
-        return []
-
-
-def assert_nothing_is_lost(store: RunDirectory, undisturbed: RunDirectory) -> None:
-    """Every question has its samples, nothing is stored twice, and every label follows from the stored rollouts."""
-    audit = subprocess.run(
-        [sys.executable, "-m", "launch", "audit", str(store.path), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert audit.returncode == 0, audit.stdout
-    assert json.loads(audit.stdout)["checked"]["labels"] > 0
-    assert store.stages().keys() == undisturbed.stages().keys()
-    for number in (0, 1):
-        questions = [{row["question_id"] for row in s.read(number, "trajectories")} for s in (store, undisturbed)]
-        assert questions[0] == questions[1]
-    assert [entry["quarantined"] for entry in store.summary()["rounds"]] == [0, 0]
 
 
 def test_a_run_whose_workers_and_coordinator_are_killed_ends_by_itself(finished: RunDirectory, tmp_path: Path) -> None:
@@ -134,12 +58,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run = Running(tmp_path_factory.mktemp("runs") / "null", *NULL)
     assert run.end() == 0, "".join(run.lines)
     return run.store
-
-
-def rows(store: RunDirectory) -> dict[str, bytes]:
-    """All that a run has sampled, labelled and paired, as bytes."""
-    kinds: tuple[Kind, ...] = ("trajectories", "labels", "rollouts", "pairs")
-    return {f"{n}/{kind}": json.dumps(list(store.read(n, kind))).encode() for n in (0, 1) for kind in kinds}
 
 
 @pytest.mark.slow
