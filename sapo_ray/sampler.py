@@ -23,7 +23,7 @@ class SamplingConfig:
     samples: int = 4
     """Trajectories sampled per question (K)."""
     temperature: float = 1.0
-    """Sampling temperature, of trajectories and of rollouts."""
+    """Sampling temperature, of trajectories and of rollouts; at most 2."""
     top_p: float = 1.0
     """Nucleus of the distribution that is sampled from; 1 takes all of it."""
     max_tokens: int = 96
@@ -41,9 +41,11 @@ class SamplingConfig:
         for key in ("samples", "max_tokens"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        for key in ("temperature", "min_unique", "questions"):
+        for key in ("min_unique", "questions"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature is {self.temperature}; it must lie between 0 and 2, which vLLM allows")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1")
         if self.max_samples < self.samples:
