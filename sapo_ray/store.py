@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -221,23 +221,28 @@ def _folders(names: Iterable[str]) -> set[str]:
 
 
 def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
-    row = asdict(trajectory)
+    row = _fields(trajectory)
     return {"trajectory_id": row.pop("id"), **row}
 
 
 def label_row(labelled: LabelledTrajectory) -> dict[str, Any]:
-    row = asdict(labelled)
+    row = _fields(labelled)
     row.pop("trajectory")
-    return {**trajectory_row(labelled.trajectory), **row}
+    return {**trajectory_row(labelled.trajectory), **row, "estimates": list(map(_fields, labelled.estimates))}
 
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:
-    row = asdict(rollout)
+    row = _fields(rollout)
     return {"rollout_id": row.pop("id"), **row}
 
 
 def pair_row(pair: PreferencePair) -> dict[str, Any]:
-    return asdict(pair)
+    return _fields(pair)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """A dataclass's fields as they are: `asdict` copies each deeply, for a third of a coordinator's time."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def trajectory_of(row: Mapping[str, Any]) -> Trajectory:
