@@ -18,6 +18,7 @@ from actors.trainer import Trainer
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
 from sapo_ray.files import absolute
+from sapo_ray.manifest import content_of
 from sapo_ray.models import save_random_reasoner
 from sapo_ray.progress import Reporter
 from sapo_ray.report import summary, warning_signs
@@ -191,6 +192,7 @@ class Run:
             config=config,
             seed=self.config.seed,
             params=params,
+            content=(content_of(init), content_of(data)),
             run=self._store.name,
             stage=stage,
         )

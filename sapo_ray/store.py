@@ -159,14 +159,19 @@ class RunDirectory:
         """
         self.check_finished(stage)
         manifest = Manifest(self.folder)
+        self._remove_unnamed(manifest)  # before it, or a kill in between would leave an unfinished stage to go on with
         forgotten = manifest.forget(stage)
+        self._remove_unnamed(manifest)
+        return forgotten
+
+    def _remove_unnamed(self, manifest: Manifest) -> None:
+        """Remove the files of data sets and checkpoints that no finished stage names."""
         kept = {name for files in manifest.files().values() for name in files}
         present = {name for name in self.folder.sizes() if name.startswith(("round-", "checkpoints/"))}
         emptied = _folders(present) - _folders(kept)
         for folder in emptied:
             self.folder.clear(folder)
         self.folder.remove(name for name in present - kept if not _folders([name]) & emptied)
-        return forgotten
 
     def _remove_progress(self, name: str) -> None:
         if self.folder.has(name):
