@@ -27,8 +27,9 @@ class CoordinatorClient:
     pools with the coordinator that owns them.
     """
 
-    def __init__(self, config: RunConfig, run_path: str, reporter: Reporter) -> None:
-        self._config, self._run_path, self._reporter = config, run_path, reporter
+    def __init__(self, config: RunConfig, run_path: str, reporter: Reporter, driver: str | None = None) -> None:
+        """Where the run has a lease, `driver` is the id of the one that holds it."""
+        self._config, self._run_path, self._reporter, self._driver = config, run_path, reporter, driver
         self.stage: str | None = None
         """The stage that calls are for, where they are part of a run."""
         self._wanted: dict[str, str] = {}
@@ -103,7 +104,7 @@ class CoordinatorClient:
     def _load(self, stage: str) -> None:
         if self._actor is None:
             cpus = self._config.ray.coordinator_cpus
-            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path)
+            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path, self._driver)
         ray.get(self._actor.enter.remote(stage))
         if self._paused:
             self._wait(self._actor.resume.remote())

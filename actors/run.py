@@ -42,7 +42,7 @@ class Run:
         self.config, self._store, self._reporter = config, store, reporter
         self._task = make_task(config.task)
         self._notes: dict[str, Notes] = {}
-        self._coordinator = CoordinatorClient(config, store.location, reporter)
+        self._coordinator = CoordinatorClient(config, store.location, reporter, store.driver)
         self._trainer: Trainer | None = None
         self._tracking = Tracking(config, store, reporter.warn)
 
@@ -165,8 +165,8 @@ class Run:
             entry["seconds"] = entry.get("seconds", 0.0) + time.monotonic() - start  # a resumed stage has some already
             updates = entry.pop("metrics", [])
             notes = {key: value for key, value in entry.items() if key != "files"}
-            self._tracking.stage(name, notes)
             self._store.log(name, [*updates, notes])
+            self._tracking.stage(name, notes)
             self._store.finish(name, entry)
             self._reporter.end(notes)
         self._notes[name] = notes

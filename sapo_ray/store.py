@@ -25,6 +25,7 @@ from sapo_ray.data import (
 )
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder, split
+from sapo_ray.lease import HeldFolder
 from sapo_ray.manifest import (
     DamagedError,
     Files,
@@ -47,10 +48,13 @@ _METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
 class RunDirectory:
     """One run's files, at a path or URI. Creating the object touches nothing; `create` makes the directory."""
 
-    def __init__(self, location: str | Path) -> None:
-        """Raises SapoError for a URI that cannot be opened, or that holds credentials."""
-        self.folder = Folder(location)
-        self.location = self.folder.location
+    def __init__(self, location: str | Path, driver: str | None = None) -> None:
+        """With a `driver`'s id, every write raises LostLeaseError where that one has lost its lease.
+
+        Raises SapoError for a URI that cannot be opened, or that holds credentials.
+        """
+        self.folder = Folder(location) if driver is None else HeldFolder(location, driver)
+        self.location, self.driver = self.folder.location, driver
 
     @property
     def path(self) -> Path:

@@ -23,6 +23,7 @@ from sapo_ray.config_loader import load_config
 from sapo_ray.cost import Cost
 from sapo_ray.data import Trajectory
 from sapo_ray.errors import SapoError
+from sapo_ray.lease import LEASE, LostLeaseError
 from sapo_ray.models import Calibration, character_tokenizer
 from sapo_ray.requests import Completion, GenerateRequest
 from sapo_ray.sampler import Sampler, Solver, original_trajectory
@@ -71,10 +72,15 @@ class NullEngines(Engines):
 
 
 def stage(
-    config: RunConfig, path: Path, number: int, deadly: int | None = None, death: type[Exception] = KilledError
+    config: RunConfig,
+    path: Path,
+    number: int,
+    deadly: int | None = None,
+    death: type[Exception] = KilledError,
+    driver: str | None = None,
 ) -> dict[str, Any]:
     """One attempt at a round's sampling and labelling, with a coordinator of its own; its notes."""
-    coordinator = Coordinator(config, str(path))
+    coordinator = Coordinator(config, str(path), driver)
     engines = NullEngines(config, Chain(config.task), deadly, death)
     coordinator._engines = engines
     coordinator._solver = Solver(Chain(config.task), engines.tokenizer, engines.generate, config.seed)
@@ -134,6 +140,16 @@ def test_what_is_done_when_an_engine_dies_is_not_done_again(config: RunConfig, t
     notes = stage(config, stopped.path, 1)
     assert {**notes, "seconds": 0, "files": 0} == {**expected, "seconds": 0, "files": 0}
     assert shards(stopped, progress) == before
+
+
+def test_a_coordinator_of_a_driver_that_lost_its_lease_writes_nothing(config: RunConfig, tmp_path: Path) -> None:
+    """Though the lease was another's when its stage began."""
+    store = begun(config, tmp_path)
+    store.folder.write(LEASE, json.dumps({"driver": "other", "host": "far", "pid": 7, "since": 0.0}))
+    before = store.folder.sizes()
+    with pytest.raises(LostLeaseError, match="taken over by another driver: host far, pid 7"):
+        stage(config, tmp_path, 1, driver="mine")
+    assert store.folder.sizes() == before
 
 
 def test_a_question_that_is_left_out_is_noted_once_and_moves_no_other(

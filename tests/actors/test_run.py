@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from actors.trainer import TrainingError
 from launch.progress import ConsoleReporter
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
+from sapo_ray.files import Folder
+from sapo_ray.lease import LEASE, Lease, LostLeaseError
 from sapo_ray.store import RunDirectory
 from sapo_ray.training import TrainJob
 
@@ -26,10 +29,13 @@ class Refusal:
         raise TrainingError("refused")
 
 
+def config(*overrides: str) -> RunConfig:
+    return load_config(RunConfig, TINY, ["tracking=none", *overrides])
+
+
 def asked(store: RunDirectory, *overrides: str) -> TrainJob:
     """The job that a run with these overrides comes to first."""
-    config = load_config(RunConfig, TINY, ["tracking=none", *overrides])
-    run, trainer = Run(config, store, ConsoleReporter()), Refusal()
+    run, trainer = Run(config(*overrides), store, ConsoleReporter()), Refusal()
     run._trainer = trainer  # type: ignore[assignment]
     run.originals()
     with pytest.raises(TrainingError):
@@ -49,3 +55,21 @@ def test_a_training_is_asked_for_by_what_its_data_and_its_first_model_hold(tmp_p
     assert (other.init, other.data) == (first.init, first.data)
     assert None not in other.content
     assert all(one != another for one, another in zip(first.content, other.content, strict=True))
+
+
+def test_a_driver_that_lost_its_lease_within_a_stage_enters_nothing(tmp_path: Path) -> None:
+    folder, lost = Folder(tmp_path / "run"), list[str]()
+    lease = {"driver": "other", "host": "far", "pid": 7, "place": "another boot", "started": 1, "since": 0.0}
+
+    def work() -> dict[str, Any]:
+        folder.write(LEASE, json.dumps({**lease, "renewed": 0.0, "seconds": 60.0}))
+        lost.extend(folder.sizes())
+        return {"labels": 3, "metrics": [{"update": 1, "loss": 0.5}]}
+
+    with Lease(folder) as held:
+        run = Run(config("tracking=tensorboard"), RunDirectory(folder.location, held.driver), ConsoleReporter())
+        run.originals()
+        with pytest.raises(LostLeaseError, match="taken over by another driver: host far, pid 7"):
+            run._stage("round-0/sft", work)
+        assert list(folder.sizes()) == lost
+    assert list(RunDirectory(folder.location).stages()) == ["round-0/original"]
