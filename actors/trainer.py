@@ -14,13 +14,16 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs
 from actors.telemetry import Telemetry
@@ -117,7 +120,10 @@ class Trainer:
         """Start the workers, unless they are running. Returns at once; they need some 25 s."""
         if self._group is not None:
             return
-        board, fit = ray.remote(JobBoard).options(num_cpus=0).remote(), Future[ray.train.Result]()
+        # The board is beside the driver, which cannot do without it: no other node's end takes it away.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(JobBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+        fit = Future[ray.train.Result]()
         trainer = TorchTrainer(
             _work,
             train_loop_config={"board": board, "threads": self._config.threads_per_worker},
@@ -151,7 +157,24 @@ class Trainer:
             return stored
         self.start()
         assert self._group is not None
-        board, fit = self._group.board, self._group.fit
+        try:
+            result = self._outcome(self._group, job, news)
+        except RayActorError as error:
+            self._group = None
+            raise TrainingError(
+                f"{job.out}: the board that its workers take it from died ({_last_line(error)}); start again to go on "
+                "from its last mid-training checkpoint"
+            ) from error
+        if not self._config.keep_workers:
+            self.close()
+        if isinstance(result, str):
+            raise TrainingError(f"{job.out}: {result}")
+        return result
+
+    def _outcome(self, group: _Group, job: TrainJob, news: _News) -> TrainResult | str:
+        """What a group makes of a job. Raises TrainingError where the group ends before it, RayActorError where the
+        board does."""
+        board, fit = group.board, group.fit
         outcome = board.outcome.remote(ray.get(board.post.remote(job)))
         while not ray.wait([outcome], timeout=1)[0]:
             news.pass_on(*ray.get(board.news.remote()))
@@ -159,20 +182,16 @@ class Trainer:
                 self._group = None
                 raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
         news.pass_on(*ray.get(board.news.remote()))
-        if not self._config.keep_workers:
-            self.close()
-        result: TrainResult | str = ray.get(outcome)
-        if isinstance(result, str):
-            raise TrainingError(f"{job.out}: {result}")
-        return result
+        return ray.get(outcome)
 
     def close(self) -> None:
         """Let the workers go, and wait until they have; after an interrupted training they are not waited for."""
         if self._group is None:
             return
         group, self._group = self._group, None
-        if ray.get(group.board.close.remote()):
-            group.fit.exception()
+        with suppress(RayActorError):  # without their board, the workers fail by themselves
+            if ray.get(group.board.close.remote()):
+                group.fit.exception()
 
 
 class _News:
