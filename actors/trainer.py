@@ -177,7 +177,7 @@ class Trainer:
         board, fit = group.board, group.fit
         outcome = board.outcome.remote(ray.get(board.post.remote(job)))
         while not ray.wait([outcome], timeout=1)[0]:
-            news.pass_on(*ray.get(board.news.remote()))
+            news.pass_on(*ray.get(board.news.remote()), _waiting_for(self._config))
             if fit.done():
                 self._group = None
                 raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
@@ -207,8 +207,8 @@ class _News:
         self._telemetry, self._stage = Telemetry(job.run), job.stage
         self._told, self._last = 0, dict[str, float]()
 
-    def pass_on(self, total: int, updates: Updates) -> None:
-        """Take the updates in all, and some that have been made since the last call."""
+    def pass_on(self, total: int, updates: Updates, waiting_for: str | None = None) -> None:
+        """Take the updates in all, some that have been made since the last call, and what else there is to wait for."""
         new = [update for update in updates if update["update"] > self._told]
         if new and self._on_updates:
             self._on_updates(new)
@@ -217,8 +217,9 @@ class _News:
             self._told = max(self._told, int(self._last["update"]))
         if self._last:
             self._telemetry.set("sapo_loss", self._last["loss"], stage=self._stage)
-            if self._on_progress:
-                self._on_progress(int(self._last["update"]), total, f"loss {self._last['loss']:.4f}")
+        if self._on_progress and (self._last or waiting_for):
+            loss = f"loss {self._last['loss']:.4f}" if self._last else None
+            self._on_progress(int(self._last.get("update", 0)), total, ", ".join(filter(None, [loss, waiting_for])))
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -268,12 +269,28 @@ def _fit(trainer: TorchTrainer, future: Future[ray.train.Result]) -> None:
 
 
 def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
+    return ray.train.ScalingConfig(
+        num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=_resources(config)
+    )
+
+
+def _resources(config: TrainerConfig) -> dict[str, float]:
+    """What each worker reserves."""
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
-    return ray.train.ScalingConfig(
-        num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
-    )
+    return resources
+
+
+def _waiting_for(config: TrainerConfig) -> str | None:
+    """The nodes that a worker group of this config waits for, as its placement group says; None where it has them."""
+    resources = _resources(config)
+    bundles = [resources] * config.workers
+    groups = ray.util.placement_group_table().values()
+    if not any(g["state"] in ("PENDING", "RESCHEDULING") and [*g["bundles"].values()] == bundles for g in groups):
+        return None
+    each = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+    return f"{config.workers} training workers wait for nodes with {each} each"
 
 
 def _absolute(job: TrainJob) -> TrainJob:
