@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sapo_ray.data import (
     Estimate,
@@ -41,6 +41,7 @@ from sapo_ray.manifest import (
 from sapo_ray.shards import PROGRESS, SCHEMAS, Kind, ShardWriter, StageWriter, progress_file, read_progress, read_rows
 from sapo_ray.training import RESULT_FILE
 
+T = TypeVar("T")
 Role = Literal["reasoner", "verifier"]
 _METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
 
@@ -288,5 +289,10 @@ def rollout_of(row: Mapping[str, Any]) -> Rollout:
     return Rollout(id=values.pop("rollout_id"), **values)
 
 
-def _tuple_or_none(values: Sequence[float] | None) -> tuple[float, ...] | None:
+def pair_of(row: Mapping[str, Any]) -> PreferencePair:
+    """The pair of a row of `pairs`."""
+    return PreferencePair(**{**row, "chosen": tuple(row["chosen"]), "rejected": _tuple_or_none(row["rejected"])})
+
+
+def _tuple_or_none(values: Sequence[T] | None) -> tuple[T, ...] | None:
     return None if values is None else tuple(values)
