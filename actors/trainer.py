@@ -177,7 +177,8 @@ class Trainer:
         board, fit = group.board, group.fit
         outcome = board.outcome.remote(ray.get(board.post.remote(job)))
         while not ray.wait([outcome], timeout=1)[0]:
-            news.pass_on(*ray.get(board.news.remote()), _waiting_for(self._config))
+            total, updates = ray.get(board.news.remote())
+            news.pass_on(total, updates, _waiting_for(self._config))
             if fit.done():
                 self._group = None
                 raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
@@ -283,7 +284,10 @@ def _resources(config: TrainerConfig) -> dict[str, float]:
 
 
 def _waiting_for(config: TrainerConfig) -> str | None:
-    """The nodes that a worker group of this config waits for, as its placement group says; None where it has them."""
+    """The nodes that a worker group of this config waits for, as its placement group says; None where it has them.
+
+    Ray does not say whose a group is: one like it of another run counts, too.
+    """
     resources = _resources(config)
     bundles = [resources] * config.workers
     groups = ray.util.placement_group_table().values()

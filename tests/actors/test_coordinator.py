@@ -21,7 +21,7 @@ from actors.pool import QuarantinedError
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.cost import Cost
-from sapo_ray.data import Trajectory
+from sapo_ray.data import Question, Trajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.lease import LEASE, LostLeaseError
 from sapo_ray.models import Calibration, character_tokenizer
@@ -171,3 +171,23 @@ def test_a_question_that_is_left_out_is_noted_once_and_moves_no_other(
     assert [row["question_id"] for row in stopped.read(1, "trajectories")] == [
         q for q in questions if q != questions[0]
     ]
+
+
+def test_a_stage_that_breaks_off_leaves_nothing_that_pools_expect(config: RunConfig) -> None:
+    engines = NullEngines(config, Chain(config.task), deadly=30, death=SapoError)
+    expected = set[float]()
+
+    async def one(question: Question) -> None:
+        engines._asked[engines._reasoners] += 1
+        expected.add(engines._reasoners.upcoming)
+        await engines._answer(question.id)
+
+    async def stream() -> None:
+        engines.begin(60)
+        async for _ in engines.stream([*Chain(config.task).questions("pool")] * 3, one):
+            pass
+
+    with pytest.raises(SapoError):
+        asyncio.run(stream())
+    assert max(expected) > 0
+    assert [pool.upcoming for pool in engines._pools] == [0, 0]
