@@ -23,20 +23,14 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def taken() -> Iterator[Any]:
-    """All CPUs, until the group is removed."""
+    """All CPUs of a Ray of the test's own, until the group is removed: what waits when a test ends would take them."""
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     group = ray.util.placement_group([{"CPU": 1}])
     assert group.wait(60)
     yield group
-    ray.util.remove_placement_group(group)
+    ray.shutdown()
 
 
 class Listener:
