@@ -27,8 +27,9 @@ class CoordinatorClient:
     pools with the coordinator that owns them.
     """
 
-    def __init__(self, config: RunConfig, run_path: str, reporter: Reporter) -> None:
-        self._config, self._run_path, self._reporter = config, run_path, reporter
+    def __init__(self, config: RunConfig, run_path: str, reporter: Reporter, driver: str | None = None) -> None:
+        """Where the run has a lease, `driver` is the id of the one that holds it."""
+        self._config, self._run_path, self._reporter, self._driver = config, run_path, reporter, driver
         self.stage: str | None = None
         """The stage that calls are for, where they are part of a run."""
         self._wanted: dict[str, str] = {}
@@ -101,10 +102,14 @@ class CoordinatorClient:
         )
 
     def _load(self, stage: str) -> None:
+        cpus = self._config.ray.coordinator_cpus
         if self._actor is None:
-            cpus = self._config.ray.coordinator_cpus
-            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path)
-        ray.get(self._actor.enter.remote(stage))
+            self._actor = ray.remote(num_cpus=cpus)(Coordinator).remote(self._config, self._run_path, self._driver)
+        entered = self._actor.enter.remote(stage)
+        while not ray.wait([entered], timeout=1.0)[0]:
+            if not _is_placed(self._actor):
+                self._reporter.update(0, 0, f"the coordinator waits for a node with {cpus:g} CPU")
+        ray.get(entered)
         if self._paused:
             self._wait(self._actor.resume.remote())
         self._paused = False
@@ -112,6 +117,11 @@ class CoordinatorClient:
             if self._loaded.get(role) != checkpoint:
                 self._wait(getattr(self._actor, f"load_{role}").remote(checkpoint))
                 self._loaded[role] = checkpoint
+
+
+def _is_placed(actor: Any) -> bool:
+    """Whether Ray has found a node for an actor: from then on it has a process, which may still be starting."""
+    return bool(ray._private.state.actors(actor._actor_id.hex())["Pid"])
 
 
 def _one_line(error: BaseException) -> str:

@@ -64,8 +64,9 @@ logger = logging.getLogger(__name__)
 class Coordinator:
     """Streams the data of a run through its engines, and writes it."""
 
-    def __init__(self, config: RunConfig, run_path: str) -> None:
-        self._config, self._store = config, RunDirectory(run_path)
+    def __init__(self, config: RunConfig, run_path: str, driver: str | None = None) -> None:
+        """Writes for a `driver` of that id only while it has the run's lease."""
+        self._config, self._store = config, RunDirectory(run_path, driver)
         self._task = make_task(config.task)
         self._engines = Engines(config, self._task, self._store.name)
 

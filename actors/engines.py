@@ -185,17 +185,19 @@ class Engines:
             except QuarantinedError as error:
                 return item, Quarantine(_question_id(item), error.request_id, error.cause, error.log_tail), cost
 
-        async with aclosing(ordered(items, attempt, self._window)) as results:
-            async for item, result, cost in results:
-                self._done += 1
-                self.cost += cost
-                if isinstance(result, Quarantine):
-                    self.quarantined.append(result)
-                    yield item, None
-                else:
-                    yield item, result
-        for pool in self._pools:  # what comes next, nobody knows: no worker is held or started for it
-            pool.upcoming = 0
+        try:
+            async with aclosing(ordered(items, attempt, self._window)) as results:
+                async for item, result, cost in results:
+                    self._done += 1
+                    self.cost += cost
+                    if isinstance(result, Quarantine):
+                        self.quarantined.append(result)
+                        yield item, None
+                    else:
+                        yield item, result
+        finally:
+            for pool in self._pools:  # what comes next, nobody knows: no worker is held or started for it
+                pool.upcoming = 0
 
     def progress(self) -> dict[str, Any]:
         """Counts of the stage in progress, and what has happened to workers since the last call, a line each."""

@@ -53,6 +53,10 @@ class WorkerError(SapoError):
     """A worker could not do what it was asked. One line: the pool, the worker, what it did, and the cause."""
 
 
+class HungError(EngineDeadError):
+    """A worker gives no sign of life."""
+
+
 class QuarantinedError(SapoError):
     """A request that is not tried again, because workers died over it."""
 
@@ -176,16 +180,17 @@ class ElasticPool(Generic[Request, Result]):
     async def load(self, checkpoint: str) -> None:
         """Have every worker hold `checkpoint`, between requests; the first call starts the least number of workers.
 
-        Returns when those are ready. Raises WorkerError with the cause where a worker cannot start or load.
+        Returns when those are ready. Raises WorkerError with the cause where a worker cannot start or load, which
+        breaks the pool.
         """
-        before, self._checkpoint = self._checkpoint, checkpoint
+        first, self._checkpoint = self._checkpoint is None, checkpoint
         self._version += 1
-        if before is None:
+        if first:
             self._spawn(self._monitor())
         try:
             await self._exclusively(self._reload)
-        except WorkerError:
-            self._checkpoint = before
+        except WorkerError as error:  # some workers hold it by now, and others do not
+            self._break(error)
             raise
         await self.resume()
 
@@ -303,7 +308,7 @@ class ElasticPool(Generic[Request, Result]):
                 self._failed_starts += not _node_is_lost(error)
                 if self._failed_starts >= FAILED_STARTS:
                     self._break(self._error(worker, "start", error))
-                self._lose(worker, _one_line(error))
+                self._lose(worker, error)
         except Exception as error:
             self._break(error if isinstance(error, WorkerError) else self._error(worker, "start", error))
         else:
@@ -318,11 +323,11 @@ class ElasticPool(Generic[Request, Result]):
         await self._reload(worker)
 
     async def _in_time(self, work: Awaitable[None]) -> None:
-        """A worker's start, or a command to it. Raises EngineDeadError where that takes `hang_after` seconds."""
+        """A worker's start, or a command to it. Raises HungError where that takes `hang_after` seconds."""
         try:
             await asyncio.wait_for(work, self._scaling.hang_after)
         except TimeoutError:
-            raise EngineDeadError(f"hung: no answer for {self._scaling.hang_after:g} s") from None
+            raise HungError(f"hung: no answer for {self._scaling.hang_after:g} s") from None
 
     async def _reload(self, worker: _Worker) -> None:
         while worker.version != self._version:
@@ -333,28 +338,25 @@ class ElasticPool(Generic[Request, Result]):
     async def _watch(self, worker: _Worker) -> None:
         """Replace a worker that has work and does nothing, or that does not answer at all."""
         limit, seen, since = self._scaling.hang_after, -1, time.monotonic()
+        hung = HungError(f"hung: no progress for {limit:g} s")
         while worker in self._workers:
             await asyncio.sleep(limit / 8)
             try:
                 beat = await asyncio.wait_for(worker.actor.beat.remote(), limit)
             except TimeoutError:
-                return self._hung(worker)
+                return self._lose(worker, hung)
             except RayActorError as error:
-                return self._lose(worker, _one_line(error))
+                return self._lose(worker, error)
             if beat != seen or not worker.requests:
                 seen, since = beat, time.monotonic()
             elif time.monotonic() - since > limit:
-                return self._hung(worker)
+                return self._lose(worker, hung)
 
-    def _hung(self, worker: _Worker) -> None:
-        self._counts["hung"] += worker in self._workers
-        self._lose(worker, f"hung: no progress for {self._scaling.hang_after:g} s")
-
-    def _lose(self, worker: _Worker, cause: str) -> None:
+    def _lose(self, worker: _Worker, cause: Exception) -> None:
         """Take a dead worker off the list; its calls fail by themselves and are retried."""
         if worker in self._workers:
-            self._counts["dead"] += 1
-            self._say(f"worker {worker.number} is lost ({cause}) and will be replaced")
+            self._counts.update(dead=1, hung=isinstance(cause, HungError))
+            self._say(f"worker {worker.number} is lost ({_one_line(cause)}) and will be replaced")
             self._remove(worker)
             self._scale()
 
@@ -453,7 +455,7 @@ class ElasticPool(Generic[Request, Result]):
             waiting.holders.remove(worker)
         self._flying.difference_update(waiting for waiting in batch if not waiting.holders)
         if lost:
-            self._lose(worker, _one_line(lost))
+            self._lose(worker, lost)
             self._retry(worker, batch, lost)
         self._wake()
 
@@ -478,7 +480,7 @@ class ElasticPool(Generic[Request, Result]):
             outcomes = await asyncio.gather(*(self._in_time(work(w)) for w in ready), return_exceptions=True)
         for worker, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, RayActorError | EngineDeadError):
-                self._lose(worker, _one_line(outcome))
+                self._lose(worker, outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
         self._wake()
@@ -537,7 +539,14 @@ class ElasticPool(Generic[Request, Result]):
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """An error in a task of the pool's own breaks the pool: nobody awaits it, and requests would wait for ever."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("a task of the %s pool failed", self.name, exc_info=error)
+            self._break(WorkerError(f"{self.name} pool: {type(error).__name__}: {_one_line(error)}"))
 
 
 def _about(requests: Iterable[_Waiting[Any, Any]]) -> dict[str, str]:

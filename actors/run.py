@@ -18,6 +18,7 @@ from actors.trainer import Trainer
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
 from sapo_ray.files import absolute
+from sapo_ray.manifest import content_of
 from sapo_ray.models import save_random_reasoner
 from sapo_ray.progress import Reporter
 from sapo_ray.report import summary, warning_signs
@@ -41,7 +42,7 @@ class Run:
         self.config, self._store, self._reporter = config, store, reporter
         self._task = make_task(config.task)
         self._notes: dict[str, Notes] = {}
-        self._coordinator = CoordinatorClient(config, store.location, reporter)
+        self._coordinator = CoordinatorClient(config, store.location, reporter, store.driver)
         self._trainer: Trainer | None = None
         self._tracking = Tracking(config, store, reporter.warn)
 
@@ -164,8 +165,8 @@ class Run:
             entry["seconds"] = entry.get("seconds", 0.0) + time.monotonic() - start  # a resumed stage has some already
             updates = entry.pop("metrics", [])
             notes = {key: value for key, value in entry.items() if key != "files"}
-            self._tracking.stage(name, notes)
             self._store.log(name, [*updates, notes])
+            self._tracking.stage(name, notes)
             self._store.finish(name, entry)
             self._reporter.end(notes)
         self._notes[name] = notes
@@ -191,6 +192,7 @@ class Run:
             config=config,
             seed=self.config.seed,
             params=params,
+            content=(content_of(init), content_of(data)),
             run=self._store.name,
             stage=stage,
         )

@@ -41,8 +41,8 @@ from sapo_ray.training import (
     TrainConfig,
     TrainJob,
     TrainResult,
-    check_same_job,
     finished,
+    is_same_job,
     learning_rate,
 )
 
@@ -202,7 +202,7 @@ class Training:
         return files
 
     def _restore(self) -> Progress:
-        """Load the last mid-training checkpoint, if there is one."""
+        """Load the last mid-training checkpoint, if there is one of this job."""
         found = _together(self._latest)
         if found is None:
             return Progress()
@@ -218,7 +218,8 @@ class Training:
         if not self.home.has(name):
             return None
         latest: dict[str, Any] = json.loads(self.home.read(name))
-        check_same_job(latest["job"], self._fingerprint(), self.home.locate(name))
+        if not is_same_job(latest["job"], self._fingerprint(), self.home.locate(name)):
+            return None
         try:
             return local_copy(Folder(self.home.locate(f"{self.partial}/{latest['tag']}")), latest["files"]), latest
         except DamagedError as error:

@@ -14,13 +14,16 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs
 from actors.telemetry import Telemetry
@@ -117,7 +120,10 @@ class Trainer:
         """Start the workers, unless they are running. Returns at once; they need some 25 s."""
         if self._group is not None:
             return
-        board, fit = ray.remote(JobBoard).options(num_cpus=0).remote(), Future[ray.train.Result]()
+        # The board is beside the driver, which cannot do without it: no other node's end takes it away.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(JobBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+        fit = Future[ray.train.Result]()
         trainer = TorchTrainer(
             _work,
             train_loop_config={"board": board, "threads": self._config.threads_per_worker},
@@ -151,28 +157,42 @@ class Trainer:
             return stored
         self.start()
         assert self._group is not None
-        board, fit = self._group.board, self._group.fit
+        try:
+            result = self._outcome(self._group, job, news)
+        except RayActorError as error:
+            self._group = None
+            raise TrainingError(
+                f"{job.out}: the board that its workers take it from died ({_last_line(error)}); start again to go on "
+                "from its last mid-training checkpoint"
+            ) from error
+        if not self._config.keep_workers:
+            self.close()
+        if isinstance(result, str):
+            raise TrainingError(f"{job.out}: {result}")
+        return result
+
+    def _outcome(self, group: _Group, job: TrainJob, news: _News) -> TrainResult | str:
+        """What a group makes of a job. Raises TrainingError where the group ends before it, RayActorError where the
+        board does."""
+        board, fit = group.board, group.fit
         outcome = board.outcome.remote(ray.get(board.post.remote(job)))
         while not ray.wait([outcome], timeout=1)[0]:
-            news.pass_on(*ray.get(board.news.remote()))
+            total, updates = ray.get(board.news.remote())
+            news.pass_on(total, updates, _waiting_for(self._config))
             if fit.done():
                 self._group = None
                 raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
         news.pass_on(*ray.get(board.news.remote()))
-        if not self._config.keep_workers:
-            self.close()
-        result: TrainResult | str = ray.get(outcome)
-        if isinstance(result, str):
-            raise TrainingError(f"{job.out}: {result}")
-        return result
+        return ray.get(outcome)
 
     def close(self) -> None:
         """Let the workers go, and wait until they have; after an interrupted training they are not waited for."""
         if self._group is None:
             return
         group, self._group = self._group, None
-        if ray.get(group.board.close.remote()):
-            group.fit.exception()
+        with suppress(RayActorError):  # without their board, the workers fail by themselves
+            if ray.get(group.board.close.remote()):
+                group.fit.exception()
 
 
 class _News:
@@ -188,8 +208,8 @@ class _News:
         self._telemetry, self._stage = Telemetry(job.run), job.stage
         self._told, self._last = 0, dict[str, float]()
 
-    def pass_on(self, total: int, updates: Updates) -> None:
-        """Take the updates in all, and some that have been made since the last call."""
+    def pass_on(self, total: int, updates: Updates, waiting_for: str | None = None) -> None:
+        """Take the updates in all, some that have been made since the last call, and what else there is to wait for."""
         new = [update for update in updates if update["update"] > self._told]
         if new and self._on_updates:
             self._on_updates(new)
@@ -198,8 +218,9 @@ class _News:
             self._told = max(self._told, int(self._last["update"]))
         if self._last:
             self._telemetry.set("sapo_loss", self._last["loss"], stage=self._stage)
-            if self._on_progress:
-                self._on_progress(int(self._last["update"]), total, f"loss {self._last['loss']:.4f}")
+        if self._on_progress and (self._last or waiting_for):
+            loss = f"loss {self._last['loss']:.4f}" if self._last else None
+            self._on_progress(int(self._last.get("update", 0)), total, ", ".join(filter(None, [loss, waiting_for])))
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -249,15 +270,34 @@ def _fit(trainer: TorchTrainer, future: Future[ray.train.Result]) -> None:
 
 
 def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
-    resources = {"CPU": config.cpus_per_worker}
-    if config.gpus_per_worker:
-        resources["GPU"] = config.gpus_per_worker
     return ray.train.ScalingConfig(
         num_workers=config.workers,
         use_gpu=config.gpus_per_worker > 0,
-        resources_per_worker=resources,
+        resources_per_worker=_resources(config),
         placement_strategy=config.placement.upper(),
     )
+
+
+def _resources(config: TrainerConfig) -> dict[str, float]:
+    """What each worker reserves."""
+    resources = {"CPU": config.cpus_per_worker}
+    if config.gpus_per_worker:
+        resources["GPU"] = config.gpus_per_worker
+    return resources
+
+
+def _waiting_for(config: TrainerConfig) -> str | None:
+    """The nodes that a worker group of this config waits for, as its placement group says; None where it has them.
+
+    Ray does not say whose a group is: one like it of another run counts, too.
+    """
+    resources = _resources(config)
+    bundles = [resources] * config.workers
+    groups = ray.util.placement_group_table().values()
+    if not any(g["state"] in ("PENDING", "RESCHEDULING") and [*g["bundles"].values()] == bundles for g in groups):
+        return None
+    each = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+    return f"{config.workers} training workers wait for nodes with {each} each"
 
 
 def _absolute(job: TrainJob) -> TrainJob:

@@ -10,7 +10,7 @@ import click
 
 from launch.checks import Existing
 from sapo_ray.audit import audit as audit_labels
-from sapo_ray.audit import audit_predictions
+from sapo_ray.audit import audit_answers, audit_pairs, audit_predictions
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory
@@ -18,9 +18,9 @@ from sapo_ray.errors import SapoError
 from sapo_ray.labelers import fixed_start_score, make_labeler
 from sapo_ray.models import Calibration
 from sapo_ray.shards import Kind
-from sapo_ray.store import RunDirectory, checkpoint_name, labelled_of, rollout_of
-
-IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_id", "rollouts": "rollout_id"}
+from sapo_ray.store import RunDirectory, checkpoint_name, labelled_of, pair_of, rollout_of, trajectory_of
+from sapo_ray.tasks import make_task
+from sapo_ray.tasks.base import Split
 
 
 @click.command()
@@ -28,8 +28,8 @@ IDS: dict[Kind, str] = {"trajectories": "trajectory_id", "labels": "trajectory_i
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @click.pass_context
 def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
-    """Re-derive every label of RUN from its stored rollouts, and every predicted first error from its scores; look for
-    anything stored twice or missing.
+    """Re-derive every label of RUN from its stored rollouts, every predicted first error from its scores, every answer
+    from its steps and every pair from its solutions and their scores; look for anything stored twice or missing.
 
     Exits with 1 if something does not follow.
 
@@ -42,9 +42,14 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
         raise SapoError(f"{run_dir} is no run: it has no config.yaml")
     config = load_config(RunConfig, store.folder.locate("config.yaml"))
     checked, problems = Counter[str](), list[str]()
+    if store.done("round-0/validation"):
+        samples = _audit_samples(store, config, 0, "validation", "validation", checked)
+        problems += [f"validation: {problem}" for problem in samples]
     for number in range(config.rounds + 1):
         if store.done(f"round-{number}/sample"):
             problems += [f"round {number}: {problem}" for problem in audit_round(store, config, number, checked)]
+        if store.done(f"round-{number}/pairs"):
+            problems += [f"round {number}: {problem}" for problem in _audit_pairs(store, config, number, checked)]
     if as_json:
         click.echo(json.dumps({"checked": dict(checked), "problems": problems}))
     else:
@@ -57,10 +62,9 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
 
 def audit_round(store: RunDirectory, config: RunConfig, number: int, checked: Counter[str]) -> Iterator[str]:
     """What does not follow in one round, a line each; counts in `checked` what was looked at."""
-    for kind, key in IDS.items():
-        ids = Counter(row[key] for row in store.read(number, kind))
-        checked[kind] += ids.total()
-        yield from (f"{kind}: {name} is stored {count} times" for name, count in ids.items() if count > 1)
+    yield from _audit_samples(store, config, number, "trajectories", "pool", checked)
+    yield from _repeated(store, number, "labels", checked)
+    yield from _repeated(store, number, "rollouts", checked)
     labelled = [labelled_of(row) for row in store.read(number, "labels")]
     rollouts = [rollout_of(row) for row in store.read(number, "rollouts")]
     known = {rollout.id for rollout in rollouts}
@@ -70,6 +74,31 @@ def audit_round(store: RunDirectory, config: RunConfig, number: int, checked: Co
     yield from audit_labels(labelled, rollouts, config.labeling)
     if number and labelled:
         yield from _audit_predictions(store, config, number, labelled)
+
+
+def _repeated(store: RunDirectory, number: int, kind: Kind, checked: Counter[str]) -> Iterator[str]:
+    key = "rollout_id" if kind == "rollouts" else "trajectory_id"
+    ids = Counter(row[key] for row in store.read(number, kind))
+    checked[kind] += ids.total()
+    yield from (f"{kind}: {name} is stored {count} times" for name, count in ids.items() if count > 1)
+
+
+def _audit_samples(
+    store: RunDirectory, config: RunConfig, number: int, kind: Kind, split: Split, checked: Counter[str]
+) -> Iterator[str]:
+    """Are the samples of questions of this split, each stored once, and are their answers what their steps come to?"""
+    yield from _repeated(store, number, kind, checked)
+    task, trajectories = make_task(config.task), map(trajectory_of, store.read(number, kind))
+    yield from audit_answers(trajectories, task.questions(split), task)
+
+
+def _audit_pairs(store: RunDirectory, config: RunConfig, number: int, checked: Counter[str]) -> Iterator[str]:
+    """Are the pairs as many as were made, and do they follow from D_i and the scores stored with them?"""
+    pairs, notes = list(map(pair_of, store.read(number, "pairs"))), store.stages()[f"round-{number}/pairs"]
+    checked["pairs"] += len(pairs)
+    if len(pairs) != (made := notes["pairs"] + notes["unpaired"]):
+        yield f"pairs: {len(pairs)} rows are stored, but {made} were made"
+    yield from audit_pairs(pairs, store.trajectories_until(number), config.verify, config.pairs)
 
 
 def _audit_predictions(

@@ -69,6 +69,7 @@ def complete(config: str, overrides: Sequence[str], redo: str | None = None) -> 
         store.check_finished(redo)
     lease = Lease(store.folder)
     lease.check()
+    store = RunDirectory(store.location, lease.driver)
     from actors.run import Run
     from actors.sapo import sapo
 

@@ -16,7 +16,7 @@ from sapo_ray.data import Estimate, LabelledTrajectory, Question, Rollout, Traje
 from sapo_ray.estimate import PrefixCheck
 from sapo_ray.labelers import Labeler, LabelingConfig, Labels, MakeLabeler, expand, label_correct
 from sapo_ray.requests import Sampling
-from sapo_ray.sampler import Solution, Solver
+from sapo_ray.sampler import Prefix, Solution, Solver
 
 
 @dataclass
@@ -58,7 +58,8 @@ class Annotator:
         """
         if trajectory.correct:
             return Annotation([self.labelled(trajectory, label_correct(trajectory), scores)])
-        new_check = partial(_Check, self._solver, self._config, self._sampling, question, trajectory, stage)
+        whole = self._solver.prefix(question, trajectory.steps)
+        new_check = partial(_Check, self._solver, self._config, self._sampling, whole, trajectory.id, stage)
         checks: list[_Check] = []
         try:
             labels = await _drive(self._make_labeler(trajectory, scores), new_check, checks)
@@ -110,14 +111,14 @@ class _Check:
         solver: Solver,
         config: LabelingConfig,
         sampling: Sampling,
-        question: Question,
-        trajectory: Trajectory,
+        whole: Prefix,
+        trajectory_id: str,
         stage: str,
         step: int,
     ) -> None:
-        self._solver, self._sampling, self._trajectory = solver, sampling, trajectory
-        self._step, self._id = step, f"{stage}/{trajectory.id}/step-{step}"
-        self._prefix = solver.prefix(question, trajectory.steps[: step + 1])
+        """`whole` is the trajectory, all of its steps; `stage` begins the rollouts' request ids."""
+        self._solver, self._sampling, self._prefix = solver, sampling, whole.until(step)
+        self._trajectory_id, self._step, self._id = trajectory_id, step, f"{stage}/{trajectory_id}/step-{step}"
         self._rule = PrefixCheck(config.rollouts, config.rollouts_in_flight, config.early_exit)
         self._solutions: dict[int, asyncio.Task[Solution]] = {}
 
@@ -158,7 +159,7 @@ class _Check:
     def _rollout(self, sample: int, solution: Solution, kept: bool) -> Rollout:
         return Rollout(
             id=self._rollout_id(sample),
-            trajectory_id=self._trajectory.id,
+            trajectory_id=self._trajectory_id,
             question_id=self._prefix.question.id,
             branch_step=self._step,
             sample=sample,

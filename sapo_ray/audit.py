@@ -1,12 +1,13 @@
-"""Re-derives every label of a round from its labels and rollouts alone, and says where one differs."""
+"""Re-derives labels, predictions, answers and pairs from what a run has stored, and says where one differs."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from sapo_ray.annotator import Annotation, distinct
-from sapo_ray.data import Estimate, LabelledTrajectory, Rollout
+from sapo_ray.data import Estimate, LabelledTrajectory, PreferencePair, Question, Rollout, Trajectory
 from sapo_ray.estimate import PrefixCheck
 from sapo_ray.labelers import (
     Labeler,
@@ -20,6 +21,8 @@ from sapo_ray.labelers import (
     shepherd,
     verify,
 )
+from sapo_ray.pairs import PairsConfig, make_pairs
+from sapo_ray.tasks import Task
 
 
 def audit(labelled: Sequence[LabelledTrajectory], rollouts: Iterable[Rollout], config: LabelingConfig) -> Iterator[str]:
@@ -52,6 +55,61 @@ def audit_predictions(labelled: Iterable[LabelledTrajectory], make_labeler: Make
                 f"{row.trajectory.id}: the predicted first error is {row.predicted_first_error}, "
                 f"not {labels.predicted_first_error}"
             )
+
+
+def audit_answers(trajectories: Iterable[Trajectory], questions: Iterable[Question], task: Task) -> Iterator[str]:
+    """One line for every sampled trajectory of another question, or whose answer is not what its steps come to."""
+    known = {question.id: question for question in questions}
+    for trajectory in trajectories:
+        question = known.get(trajectory.question_id)
+        if question is None or question.text != trajectory.question:
+            yield f"{trajectory.id}: {trajectory.question_id} is no question that is sampled here"
+            continue
+        answer = None if trajectory.truncated else task.answer(trajectory.steps)
+        correct = task.is_correct(answer, question.answer)
+        if (trajectory.answer, trajectory.correct) != (answer, correct):
+            yield (
+                f"{trajectory.id}: its answer {trajectory.answer!r} is {_verdict(trajectory.correct)}, "
+                f"but its steps come to {answer!r}, which is {_verdict(correct)}"
+            )
+
+
+def audit_pairs(
+    pairs: Sequence[PreferencePair], trajectories: Iterable[Trajectory], scored: bool, config: PairsConfig
+) -> Iterator[str]:
+    """One line for every pair that does not follow from the solutions and their stored scores, is missing or too much.
+
+    Where pairs are `scored`, they are made again of the solutions that some row names: what is best among all is best
+    among these. Their scores are taken as they are, as V_i's of the other solutions are not stored.
+    """
+    scores: dict[str, float] | None = {} if scored else None
+    if scores is not None:
+        sides = [side for p in pairs for side in ((p.chosen_id, p.chosen_score), (p.rejected_id, p.rejected_score))]
+        for name, score in sides:
+            if name is None:
+                continue
+            if score is None or not math.isfinite(score):
+                yield f"{name}: its score is {score}"
+            elif scores.setdefault(name, score) != score:
+                yield f"{name}: its score is {scores[name]} in one pair and {score} in another"
+        trajectories = [trajectory for trajectory in trajectories if trajectory.id in scores]
+    derived = {(pair.chosen_id, pair.rejected_id): pair for pair in make_pairs(trajectories, scores, config)}
+    stored = Counter((pair.chosen_id, pair.rejected_id) for pair in pairs)
+    yield from (f"pair {_names(key)} is stored {count} times" for key, count in stored.items() if count > 1)
+    for pair in pairs:
+        key = pair.chosen_id, pair.rejected_id
+        if derived.get(key) != pair:
+            yield f"pair {_names(key)} does not follow from its solutions and their scores"
+    yield from (f"pair {_names(key)} is missing" for key in derived if key not in stored)
+
+
+def _names(pair: tuple[str, str | None]) -> str:
+    chosen, rejected = pair
+    return f"{chosen} over {rejected}" if rejected else f"{chosen} alone"
+
+
+def _verdict(correct: bool) -> str:
+    return "right" if correct else "wrong"
 
 
 def _audit_checks(row: LabelledTrajectory, rollouts: Sequence[Rollout], config: LabelingConfig) -> Iterator[str]:

@@ -176,9 +176,9 @@ PAIRS = pa.schema(
         ("question", pa.string()),
         ("chosen_id", pa.string()),
         ("chosen", _STEPS),
-        ("chosen_score", pa.float32()),
+        ("chosen_score", pa.float64()),  # as they were compared, so that the pairs can be derived again
         ("rejected_id", pa.string()),
         ("rejected", _STEPS),
-        ("rejected_score", pa.float32()),
+        ("rejected_score", pa.float64()),
     ]
 )

@@ -22,6 +22,11 @@ class Encoded:
     prompt_length: int
     step_ends: list[int]
 
+    def until(self, step: int) -> Encoded:
+        """The tokens of the prefix that ends with `step`; -1 is the prompt alone."""
+        ends = self.step_ends[: step + 1]
+        return Encoded(self.ids[: ends[-1] + 1 if ends else self.prompt_length], self.prompt_length, ends)
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, steps: Sequence[str], *, finished: bool = False) -> Encoded:
     """Encode a prompt and the steps after it; `finished` appends the end-of-sequence token.

@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,10 @@ _RENEWALS = 6
 _SETTLE_SECONDS = 1.0
 
 
+class LostLeaseError(SapoError):
+    """The lease is not this driver's any more. The text names who has it."""
+
+
 class Lease:
     """The right to write into a run. Use as a context manager, in the main thread; it is renewed meanwhile.
 
@@ -39,7 +44,9 @@ class Lease:
 
     def __init__(self, run: Folder, seconds: float = LEASE_SECONDS) -> None:
         self._run, self._seconds, self._renewed = run, seconds, 0.0
-        self._mine = {"driver": uuid4().hex, **_process(), "since": time.time()}
+        self.driver = uuid4().hex
+        """Who holds it: what is written for this driver is written by this id (see `HeldFolder`)."""
+        self._mine = {"driver": self.driver, **_process(), "since": time.time()}
         self._end = threading.Event()
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
@@ -47,7 +54,7 @@ class Lease:
     def check(self) -> None:
         """Raises SapoError, naming the other driver, where one holds the lease."""
         lease = _read(self._run)
-        if lease and lease["driver"] != self._mine["driver"] and _is_held(lease):
+        if lease and lease["driver"] != self.driver and _is_held(lease):
             free = datetime.fromtimestamp(lease["renewed"] + lease["seconds"], UTC)
             raise SapoError(
                 f"{self._run.location} has a driver already: {_name(lease)}; wait for its end or stop it "
@@ -68,7 +75,7 @@ class Lease:
         if self._lost:
             raise SapoError(self._lost)
         with suppress(SapoError, OSError):  # what cannot be removed ends by itself
-            if holder(self._run) == self._mine["driver"]:
+            if holder(self._run) == self.driver:
                 self._run.remove([LEASE])
 
     def _write(self) -> None:
@@ -79,13 +86,10 @@ class Lease:
     def _renew(self) -> None:
         while not self._lost and not self._end.wait(self._seconds / _RENEWALS):
             try:
-                lease = _read(self._run)
-                if lease and lease["driver"] != self._mine["driver"]:
-                    self._lost = (
-                        f"{self._run.location} was taken over by another driver: {_name(lease)}; this one stops"
-                    )
-                else:
-                    self._write()
+                _check_held(self._run, self.driver)
+                self._write()
+            except LostLeaseError as error:
+                self._lost = str(error)
             except (SapoError, OSError) as error:
                 if time.time() > self._renewed + self._seconds:
                     self._lost = f"{self._run.location}: the lease could not be renewed: {error}; this driver stops"
@@ -93,10 +97,48 @@ class Lease:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class HeldFolder(Folder):
+    """A run's folder as one driver writes it: each write looks first whether the lease is still that driver's.
+
+    Raises LostLeaseError, before anything is changed, where it is not.
+    """
+
+    def __init__(self, location: str | Path, driver: str) -> None:
+        super().__init__(location)
+        self._driver = driver
+
+    # `put` and `copy` begin with `clear`.
+
+    def write(self, name: str, data: bytes | str) -> None:
+        _check_held(self, self._driver)
+        super().write(name, data)
+
+    def remove(self, names: Iterable[str]) -> None:
+        _check_held(self, self._driver)
+        super().remove(names)
+
+    def clear(self, name: str) -> None:
+        _check_held(self, self._driver)
+        super().clear(name)
+
+    def add(self, source: Path, names: Iterable[str], name: str) -> None:
+        _check_held(self, self._driver)
+        super().add(source, names, name)
+
+
 def holder(run: Folder) -> str | None:
     """The id of the driver that has the lease, or had it last; None where none has it."""
     lease = _read(run)
     return lease["driver"] if lease else None
+
+
+def _check_held(run: Folder, driver: str) -> None:
+    """Raises LostLeaseError where another driver has the lease, or had it and ended."""
+    lease = _read(run)
+    if lease is None:
+        raise LostLeaseError(f"{run.locate(LEASE)} is gone: another driver may have been at work; this one stops")
+    if lease["driver"] != driver:
+        raise LostLeaseError(f"{run.location} was taken over by another driver: {_name(lease)}; this one stops")
 
 
 def _read(run: Folder) -> dict[str, Any] | None:

@@ -129,6 +129,15 @@ def recorded(location: str) -> dict[str, Recorded]:
     }
 
 
+def content_of(location: str) -> str | None:
+    """One SHA-256 over names, sizes and SHA-256s of all files of a data set or a checkpoint of a run.
+
+    None for what no manifest tells of: files of the user's own, a model's name on a hub.
+    """
+    records = {name: entry.record for name, entry in recorded(location).items()}
+    return record_of(json.dumps(records, sort_keys=True).encode())["sha256"] if records else None
+
+
 @contextmanager
 def remedy(stage: str) -> Iterator[None]:
     """Adds to a DamagedError what can be done about a file of a finished stage."""

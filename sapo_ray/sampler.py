@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sapo_ray.concurrency import together
 from sapo_ray.data import Question, Trajectory, seed_of
-from sapo_ray.encoding import encode
+from sapo_ray.encoding import Encoded, encode
 from sapo_ray.requests import Completion, GenerateRequest, Sampling
 from sapo_ray.tasks.base import Task
 
@@ -23,7 +23,7 @@ class SamplingConfig:
     samples: int = 4
     """Trajectories sampled per question (K)."""
     temperature: float = 1.0
-    """Sampling temperature, of trajectories and of rollouts."""
+    """Sampling temperature, of trajectories and of rollouts; at most 2."""
     top_p: float = 1.0
     """Nucleus of the distribution that is sampled from; 1 takes all of it."""
     max_tokens: int = 96
@@ -41,9 +41,11 @@ class SamplingConfig:
         for key in ("samples", "max_tokens"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
-        for key in ("temperature", "min_unique", "questions"):
+        for key in ("min_unique", "questions"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature is {self.temperature}; it must lie between 0 and 2, which vLLM allows")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1")
         if self.max_samples < self.samples:
@@ -63,15 +65,15 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The first steps of a question's solution, encoded once for all completions that go on from them.
-
-    `solution_tokens` of the `prompt_ids` are those of the steps.
-    """
+    """The first steps of a question's solution, encoded once for all completions that go on from them."""
 
     question: Question
     steps: tuple[str, ...]
-    prompt_ids: tuple[int, ...]
-    solution_tokens: int
+    encoded: Encoded
+
+    def until(self, step: int) -> Prefix:
+        """The part of this prefix that ends with `step`; -1 is the bare question."""
+        return Prefix(self.question, self.steps[: step + 1], self.encoded.until(step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,7 @@ class Solver:
 
     def prefix(self, question: Question, steps: tuple[str, ...] = ()) -> Prefix:
         """A prefix of a solution of `question`; the bare question without `steps`."""
-        encoded = encode(self._tokenizer, self.task.prompt(question.text), steps)
-        return Prefix(question, steps, tuple(encoded.ids), len(encoded.ids) - encoded.prompt_length)
+        return Prefix(question, steps, encode(self._tokenizer, self.task.prompt(question.text), steps))
 
     async def solve(self, prefix: Prefix, request_id: str, sampling: Sampling) -> Solution:
         """One completion of a prefix, sampled with the seed that belongs to the request's id.
@@ -101,11 +102,12 @@ class Solver:
         The prefix counts towards `max_tokens`; where it leaves nothing, one token is sampled. What the limit cuts off
         loses its last step, which is unfinished.
         """
-        left = sampling.max_tokens - prefix.solution_tokens
+        ids, prompt_length = prefix.encoded.ids, prefix.encoded.prompt_length
+        left = sampling.max_tokens - (len(ids) - prompt_length)
         completion = await self._generate(
             GenerateRequest(
                 id=request_id,
-                prompt_ids=prefix.prompt_ids,
+                prompt_ids=ids,
                 seed=seed_of(self._seed, request_id),
                 sampling=replace(sampling, max_tokens=max(1, left)),
             )

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from sapo_ray.data import LABELS, PAIRS, ROLLOUTS, TRAJECTORIES
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder, absolute, split
-from sapo_ray.lease import holder
 from sapo_ray.manifest import FileRecord, Files, Recorded, record_of, recorded, to_json
 
 Kind = Literal["original", "validation", "trajectories", "labels", "rollouts", "pairs"]
@@ -99,7 +98,7 @@ class StageWriter:
 
     def __init__(self, run: Folder, stage: str, kinds: Sequence[Kind], every: int) -> None:
         self._run, self._record, self._every = run, progress_file(stage), every
-        self._driver, self._begun, self._writing = holder(run), time.monotonic(), threading.Lock()
+        self._begun, self._writing = time.monotonic(), threading.Lock()
         self.resumed = run.has(self._record)
         """Whether there was an attempt before, whose items, seconds and snapshot follow."""
         progress = read_progress(run, self._record)
@@ -138,10 +137,8 @@ class StageWriter:
             self._writers[kind].extend(more)
 
     def _commit(self) -> None:
-        """Write what waits and record it. Raises SapoError where the run has another driver by now."""
+        """Write what waits and record it."""
         with self._writing:
-            if holder(self._run) != self._driver:
-                raise SapoError(f"{self._run.location} has another driver by now; this one stops")
             for writer in self._writers.values():
                 writer.flush()
             progress: Progress = {

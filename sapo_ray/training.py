@@ -131,6 +131,8 @@ class TrainJob:
     seed: int
     params: Mapping[str, float] = field(default_factory=dict)
     """Parameters of the objective, such as ORPO's beta."""
+    content: tuple[str | None, ...] = ()
+    """What `init` and `data` hold (see `content_of`): they may be made anew, at the same paths."""
     run: str = "-"
     """Name of the run that it belongs to, in logs and metrics."""
     stage: str = "-"
@@ -148,6 +150,7 @@ class TrainJob:
             "params": dict(self.params),
             "init": init,
             "data": data,
+            "content": list(self.content),
             "seed": self.seed,
             "workers": workers,
         }
@@ -181,7 +184,7 @@ class TrainResult:
 
 
 def finished(job: TrainJob, workers: int) -> TrainResult | None:
-    """The result stored in `job.out`, or None where nothing is there.
+    """The result stored in `job.out`, or None where nothing is there, or what was made from other content.
 
     Raises FileExistsError where something else is there, ValueError where another job's checkpoint is, DamagedError
     where one of its files has another size.
@@ -195,7 +198,8 @@ def finished(job: TrainJob, workers: int) -> TrainResult | None:
         raise FileExistsError(
             f"{job.out} exists and is no finished training; remove it or name another directory"
         ) from None
-    check_same_job(stored["job"], job.fingerprint(workers), out.locate(RESULT_FILE))
+    if not is_same_job(stored["job"], job.fingerprint(workers), out.locate(RESULT_FILE)):
+        return None
     result = TrainResult(**{**stored["result"], "checkpoint": job.out})
     try:
         check_sizes(out, result.files, out.sizes())
@@ -204,13 +208,18 @@ def finished(job: TrainJob, workers: int) -> TrainResult | None:
     return result
 
 
-def check_same_job(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str) -> None:
-    """Raises ValueError that names the first key in which a job's fingerprint differs from the one stored at `path`."""
+def is_same_job(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str) -> bool:
+    """Whether the job of the fingerprint stored at `path` was on the content that is there now.
+
+    What was made from other content is a leftover: its stage was to be done again, and a kill came before its files
+    were removed. Raises ValueError that names the first other key in which the fingerprints differ.
+    """
     for key, value in asked.items():
-        if stored.get(key) != value:
+        if key != "content" and stored.get(key) != value:
             raise ValueError(
                 f"{path}: {key} was {stored.get(key)!r} and is now {value!r}; restore it or remove {split(path)[0]}"
             )
+    return bool(stored.get("content") == asked["content"])
 
 
 def learning_rate(config: TrainConfig, update: int, updates: int) -> float:

@@ -21,8 +21,9 @@ from actors.pool import QuarantinedError
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.cost import Cost
-from sapo_ray.data import Trajectory
+from sapo_ray.data import Question, Trajectory
 from sapo_ray.errors import SapoError
+from sapo_ray.lease import LEASE, LostLeaseError
 from sapo_ray.models import Calibration, character_tokenizer
 from sapo_ray.requests import Completion, GenerateRequest
 from sapo_ray.sampler import Sampler, Solver, original_trajectory
@@ -71,10 +72,15 @@ class NullEngines(Engines):
 
 
 def stage(
-    config: RunConfig, path: Path, number: int, deadly: int | None = None, death: type[Exception] = KilledError
+    config: RunConfig,
+    path: Path,
+    number: int,
+    deadly: int | None = None,
+    death: type[Exception] = KilledError,
+    driver: str | None = None,
 ) -> dict[str, Any]:
     """One attempt at a round's sampling and labelling, with a coordinator of its own; its notes."""
-    coordinator = Coordinator(config, str(path))
+    coordinator = Coordinator(config, str(path), driver)
     engines = NullEngines(config, Chain(config.task), deadly, death)
     coordinator._engines = engines
     coordinator._solver = Solver(Chain(config.task), engines.tokenizer, engines.generate, config.seed)
@@ -136,6 +142,16 @@ def test_what_is_done_when_an_engine_dies_is_not_done_again(config: RunConfig, t
     assert shards(stopped, progress) == before
 
 
+def test_a_coordinator_of_a_driver_that_lost_its_lease_writes_nothing(config: RunConfig, tmp_path: Path) -> None:
+    """Though the lease was another's when its stage began."""
+    store = begun(config, tmp_path)
+    store.folder.write(LEASE, json.dumps({"driver": "other", "host": "far", "pid": 7, "since": 0.0}))
+    before = store.folder.sizes()
+    with pytest.raises(LostLeaseError, match="taken over by another driver: host far, pid 7"):
+        stage(config, tmp_path, 1, driver="mine")
+    assert store.folder.sizes() == before
+
+
 def test_a_question_that_is_left_out_is_noted_once_and_moves_no_other(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,3 +171,23 @@ def test_a_question_that_is_left_out_is_noted_once_and_moves_no_other(
     assert [row["question_id"] for row in stopped.read(1, "trajectories")] == [
         q for q in questions if q != questions[0]
     ]
+
+
+def test_a_stage_that_breaks_off_leaves_nothing_that_pools_expect(config: RunConfig) -> None:
+    engines = NullEngines(config, Chain(config.task), deadly=30, death=SapoError)
+    expected = set[float]()
+
+    async def one(question: Question) -> None:
+        engines._asked[engines._reasoners] += 1
+        expected.add(engines._reasoners.upcoming)
+        await engines._answer(question.id)
+
+    async def stream() -> None:
+        engines.begin(60)
+        async for _ in engines.stream([*Chain(config.task).questions("pool")] * 3, one):
+            pass
+
+    with pytest.raises(SapoError):
+        asyncio.run(stream())
+    assert max(expected) > 0
+    assert [pool.upcoming for pool in engines._pools] == [0, 0]

@@ -319,8 +319,9 @@ def test_every_worker_holds_what_was_loaded_last_whenever_it_started() -> None:
         await until(pool, lambda stats: stats.counts.get("dead") == 1)
         await until(pool, lambda stats: stats.ready == 2)
         assert set(await submit(pool, *["checkpoint"] * 8)) == {"second"}
-        with pytest.raises(WorkerError, match=r"test worker \d: load failed: OSError: no disk"):
-            await pool.load("no disk")
+        for attempt in (pool.load("no disk"), pool.submit(Ask("checkpoint"))):  # no worker goes on with another model
+            with pytest.raises(WorkerError, match=r"test worker \d: load failed: OSError: no disk"):
+                await attempt
 
     run(test, workers=2)
 
@@ -425,11 +426,24 @@ def test_a_closed_pool_fails_what_waits_and_all_that_comes() -> None:
     run(test, gate=gate)
 
 
+def test_an_error_of_the_pools_own_fails_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate.remote()
+
+    async def test(pool: TestPool) -> None:
+        waiting = submit(pool, 1)
+        await gate.arrived.remote(1)
+        monkeypatch.setattr(pool, "_hedge", lambda: 1 / 0)  # what the pool looks after every second
+        (error,) = await waiting
+        assert str(error) == "test pool: ZeroDivisionError: division by zero"
+
+    run(test, gate=gate)
+
+
 def test_a_worker_that_hangs_over_a_checkpoint_is_replaced_by_one_that_starts_with_it() -> None:
     async def test(pool: TestPool) -> None:
         await pool.load("hang")
         assert await submit(pool, 1, "checkpoint") == [2, "hang"]
-        assert pool.stats().counts["dead"] == 1
+        assert (pool.stats().counts["dead"], pool.stats().counts["hung"]) == (1, 1)
         assert any("hung: no answer for 2 s" in event for event in pool.events())
 
     run(test, scaling=ScalingConfig(hang_after=2))

@@ -248,6 +248,18 @@ def test_a_checkpoint_of_another_job_is_not_gone_on_from(home: Path, tmp_path: P
         run(job(home, out, learning_rate=0.1))
 
 
+def test_what_was_made_from_other_content_is_a_leftover(home: Path, tmp_path: Path) -> None:
+    """Neither a mid-training checkpoint nor a finished one counts where data or init were made anew meanwhile."""
+    asked = replace(job(home, tmp_path / "out", checkpoint_every=1), content=("base", "some data"))
+    with pytest.raises(InterruptionError):
+        run(asked, interrupt)
+    result = run(replace(asked, content=("base", "other data")))
+    assert result.resumed_from == 0
+    assert run(replace(asked, content=("base", "other data"))) == result
+    assert run(asked).seconds != result.seconds
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_bf16_trains_on_fp32_master_weights(home: Path, tmp_path: Path, stage: int) -> None:
     """Near 1, where norms begin, bf16 cannot tell 1 from 1 - 1e-3: no single update would move them."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +15,11 @@ from click.testing import CliRunner
 from launch.cli import cli
 from sapo_ray.data import Estimate, LabelledTrajectory, Rollout, Trajectory
 from sapo_ray.models import CALIBRATION_FILE, Calibration
-from sapo_ray.store import RunDirectory, label_row, rollout_row
+from sapo_ray.pairs import PairsConfig, make_pairs
+from sapo_ray.sampler import original_trajectory
+from sapo_ray.shards import Kind
+from sapo_ray.store import RunDirectory, label_row, pair_row, rollout_row, trajectory_row
+from sapo_ray.tasks.chain import Chain, ChainConfig
 
 WRONG = Trajectory("w", "q", "?", ("a", "b", "c"), "9", correct=False)
 ROLLOUTS = [Rollout(f"w/{step}/0", "w", "q", step, 0, ("8",), "8", step == 0, False, True) for step in (0, 1)]
@@ -64,3 +71,43 @@ def test_a_start_score_in_the_config_needs_no_verifier(run: RunDirectory) -> Non
     (run.path / "config.yaml").write_text("rounds: 1\nlabeling: {rollouts: 1, expand: false, start_score: 0.8}\n")
     result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
     assert json.loads(result.stdout) == {"checked": CHECKED, "problems": []}
+
+
+def write(store: RunDirectory, number: int, kind: Kind, rows: Sequence[Mapping[str, Any]]) -> None:
+    with closing(store.writer(number, kind)) as writer:
+        writer.extend(rows)
+
+
+def test_validation_samples_and_pairs_that_were_tampered_with_are_found(tmp_path: Path) -> None:
+    store = RunDirectory(tmp_path / "run")
+    store.create()
+    (store.path / "config.yaml").write_text("rounds: 1\n")
+    task = Chain(ChainConfig())
+    fixed = replace(original_trajectory(task.questions("worked")[0]), id="v", source="sampled")
+    question = task.questions("validation")[0]
+    fixed = replace(fixed, question_id=question.id, question=question.text)
+    fixed = replace(fixed, correct=fixed.answer == question.answer)
+    right = original_trajectory(task.questions("worked")[1])
+    wrong = replace(right, id="w", steps=("x",), answer=None, correct=False, source="sampled")
+    (pair,) = map(pair_row, make_pairs([right, wrong], {right.id: 0.7, "w": 0.1}, PairsConfig()))
+    write(store, 0, "validation", [trajectory_row(fixed)])
+    write(store, 0, "original", [trajectory_row(right)])
+    write(store, 1, "trajectories", [trajectory_row(wrong)])
+    store.finish("round-0/validation", {"trajectories": 1})
+    store.finish("round-1/pairs", {"pairs": 1, "unpaired": 0})
+
+    def problems(sample: Mapping[str, Any], *pairs: Mapping[str, Any]) -> list[str]:
+        write(store, 0, "validation", [sample])
+        write(store, 1, "pairs", pairs)
+        found = json.loads(CliRunner().invoke(cli, ["audit", str(store.path), "--json"]).stdout)
+        assert found["checked"] == {"validation": 1, "pairs": len(pairs)}
+        return [str(problem) for problem in found["problems"]]
+
+    sound = trajectory_row(fixed)
+    assert problems(sound, pair) == []
+    assert problems({**sound, "correct": not fixed.correct}, pair)[0].startswith("validation: v: its answer ")
+    assert problems(sound, {**pair, "rejected_score": 0.65}) == [
+        f"round 1: pair {right.id} over w does not follow from its solutions and their scores",
+        f"round 1: pair {right.id} alone is missing",
+    ]
+    assert problems(sound) == ["round 1: pairs: 0 rows are stored, but 1 were made"]

@@ -40,6 +40,7 @@ def test_a_run_whose_workers_and_coordinator_are_killed_ends_by_itself(finished:
     assert "will be replaced" in told
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_is_killed_goes_on_with_the_same_command(finished: RunDirectory, tmp_path: Path) -> None:
     run = Running(tmp_path / "run")
     run.wait_for_stage("round-0/sample")

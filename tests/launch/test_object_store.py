@@ -1,4 +1,4 @@
-"""One full round whose run directory lies in an object store: a real S3 server."""
+"""One full round on an object store, a real S3 server, in which the driver is killed on the way."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -31,12 +33,29 @@ def sapo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def stored(s3: str) -> RunDirectory:
+def begun(s3: str) -> RunDirectory:
+    """The run as far as it came when its driver and Ray's daemons were killed."""
     store = RunDirectory(s3.format("runs/tiny"))
-    result = sapo("run", str(TINY), f"run_dir={store.location}", "--json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == store.summary()
+    command = [sys.executable, "-m", "launch", "run", str(TINY), f"run_dir={store.location}"]
+    driver = psutil.Popen(command, stderr=subprocess.DEVNULL)
+    while "round-0/sample" not in store.stages():
+        assert driver.poll() is None
+        time.sleep(0.5)
+    for process in (driver, *driver.children()):
+        process.kill()
+    driver.wait()
     return store
+
+
+@pytest.fixture(scope="module")
+def stored(begun: RunDirectory) -> RunDirectory:
+    """The same run, gone on with to its end."""
+    before = begun.stages()
+    result = sapo("run", str(TINY), f"run_dir={begun.location}", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == begun.summary()
+    assert {name: begun.stages()[name] for name in before} == before  # what was done is not done again
+    return begun
 
 
 def test_the_run_is_whole_and_every_file_in_the_manifest(stored: RunDirectory) -> None:

@@ -6,10 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sapo_ray.audit import audit, audit_predictions
-from sapo_ray.data import Estimate, LabelledTrajectory, Rollout, Trajectory
+from sapo_ray.audit import audit, audit_answers, audit_pairs, audit_predictions
+from sapo_ray.data import Estimate, LabelledTrajectory, PreferencePair, Rollout, Trajectory
 from sapo_ray.labelers import LabelingConfig, expand, make_labeler
+from sapo_ray.pairs import PairsConfig, make_pairs
+from sapo_ray.sampler import original_trajectory
+from sapo_ray.tasks.chain import Chain, ChainConfig
 
 CONFIG = LabelingConfig(rollouts=3)
 WRONG = Trajectory("w", "q", "?", ("a", "b", "c", "d"), "9", correct=False)
@@ -156,3 +161,88 @@ def test_random_predictions_follow_from_the_seed() -> None:
 
     assert {len(sound(seed)) for seed in range(20)} == {1}
     assert len({tuple(sound(seed)) for seed in range(20)}) > 1
+
+
+SOLUTION = st.tuples(st.sampled_from("pq"), st.text("ab", max_size=3), st.booleans(), st.integers(0, 8))
+"""Question, text, whether it is right, and eighths of a score: many are equal."""
+PAIRING = st.builds(
+    PairsConfig,
+    eta=st.sampled_from([0.125, 0.25, 0.5]),
+    max_per_question=st.integers(0, 5),
+    require_outcome=st.booleans(),
+    keep_unpaired=st.booleans(),
+    max_unpaired_per_question=st.integers(0, 2),
+)
+
+
+@given(drawn=st.lists(SOLUTION, max_size=12), config=PAIRING, scored=st.booleans())
+def test_pairs_follow_from_the_solutions_that_they_name(
+    drawn: list[tuple[str, str, bool, int]], config: PairsConfig, scored: bool
+) -> None:
+    solutions = [
+        Trajectory(f"{i}", question, "?", tuple(text), None, correct=right)
+        for i, (question, text, right, _) in enumerate(drawn)
+    ]
+    scores = {f"{i}": score / 8 for i, (*_, score) in enumerate(drawn)} if scored else None
+    config = config if scored else replace(config, require_outcome=True)
+    assert list(audit_pairs(make_pairs(solutions, scores, config), solutions, scored, config)) == []
+
+
+SOLUTIONS = [
+    Trajectory(name, "q", "?", (name,), None, correct=name.startswith("r")) for name in ("r1", "r2", "r3", "w1", "w2")
+]
+PAIRING_BY_HAND = PairsConfig(eta=0.25, max_per_question=2)
+BY_HAND = [
+    PreferencePair("q", "?", "r1", ("r1",), 0.875, "w1", ("w1",), 0.125),
+    PreferencePair("q", "?", "r2", ("r2",), 0.75, "w2", ("w2",), 0.25),
+    PreferencePair("q", "?", "r3", ("r3",), 0.375),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "damage", "problem"),
+    [
+        (0, {"chosen_score": 0.25}, "pair r1 over w1 does not follow from its solutions and their scores"),
+        (0, {"chosen_score": None}, "r1: its score is None"),
+        (0, {"rejected_score": float("nan")}, "w1: its score is nan"),
+        (1, {"rejected": ("w1",)}, "pair r2 over w2 does not follow from its solutions and their scores"),
+        (1, {"chosen": ("r1",)}, "pair r2 over w2 does not follow from its solutions and their scores"),
+        (1, {"question": "!"}, "pair r2 over w2 does not follow from its solutions and their scores"),
+        (1, {"rejected_id": "r3"}, "pair r2 over r3 does not follow from its solutions and their scores"),
+        (1, {"rejected_id": "w1"}, "w1: its score is 0.125 in one pair and 0.25 in another"),
+        (1, {"rejected_score": 0.6}, "pair r2 over w2 does not follow from its solutions and their scores"),
+        (2, {"chosen_id": "r9"}, "pair r9 alone does not follow from its solutions and their scores"),
+        (2, {"chosen_id": "w2"}, "pair w2 alone does not follow from its solutions and their scores"),
+    ],
+)
+def test_a_damaged_pair_is_named(number: int, damage: dict[str, Any], problem: str) -> None:
+    def found(rows: list[PreferencePair]) -> list[str]:
+        return list(audit_pairs(rows, SOLUTIONS, True, PAIRING_BY_HAND))
+
+    assert found(BY_HAND) == []
+    assert problem in found([replace(row, **damage) if i == number else row for i, row in enumerate(BY_HAND)])
+    assert found([*BY_HAND, BY_HAND[0]]) == ["pair r1 over w1 is stored 2 times"]
+
+
+def test_a_pair_by_outcome_alone_that_is_lost_is_missed() -> None:
+    pairs = make_pairs(SOLUTIONS, None, PAIRING_BY_HAND)
+    assert list(audit_pairs(pairs[1:], SOLUTIONS, False, PAIRING_BY_HAND)) == ["pair r1 over w1 is missing"]
+
+
+def test_answers_follow_from_steps() -> None:
+    task = Chain(ChainConfig(worked=2, pool=1, validation=1, test=1, ood=1))
+    questions = task.questions("worked")
+    right = replace(original_trajectory(questions[0]), id="t", source="sampled")
+    cut = replace(right, answer=None, correct=False, truncated=True)
+
+    def found(trajectory: Trajectory) -> list[str]:
+        return list(audit_answers([trajectory], questions, task))
+
+    assert found(right) == found(cut) == []
+    assert found(replace(right, question="?")) == [f"t: {right.question_id} is no question that is sampled here"]
+    assert found(replace(right, correct=False)) == [
+        f"t: its answer {right.answer!r} is wrong, but its steps come to {right.answer!r}, which is right"
+    ]
+    assert found(replace(right, answer="x"))
+    assert found(replace(right, truncated=True))
+    assert found(replace(right, steps=right.steps[:-1]))

@@ -14,7 +14,7 @@ from sapo_ray.cache import local_checkpoint
 from sapo_ray.data import Trajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
-from sapo_ray.manifest import DamagedError, Files
+from sapo_ray.manifest import DamagedError, Files, Manifest, content_of
 from sapo_ray.models import Calibration
 from sapo_ray.store import RunDirectory, trajectory_row
 
@@ -158,6 +158,24 @@ def test_a_stage_that_is_done_again_takes_what_came_after_it_along(run: RunDirec
         run.forget("round-0/sft")
 
 
+def test_a_kill_while_stages_are_forgotten_leaves_no_unfinished_one_to_go_on_with(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.folder.write("round-1/sample.progress.json", "{}")
+    run.folder.write("checkpoints/reasoner-1.partial/latest.json", "{}")
+    forget = Manifest.forget
+
+    def killed(self: Manifest, first: str) -> list[str]:
+        forget(self, first)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Manifest, "forget", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.forget("round-0/sft")
+    assert list(run.stages()) == ["round-0/original"]
+    assert run.folder.sizes().keys() == {"manifest.json", SHARD, WEIGHTS, "checkpoints/reasoner-0/config.json"}
+
+
 @damages
 def test_the_progress_of_a_stage_is_given_up_where_its_shard_is_damaged(run: RunDirectory, damage: Damage) -> None:
     name = "round-1/trajectories/part-00000.parquet"
@@ -207,3 +225,16 @@ def test_a_copied_checkpoint_has_the_records_of_its_source(run: RunDirectory) ->
 def test_shards_beside_those_recorded_are_not_read(run: RunDirectory) -> None:
     run.folder.write("round-0/original/part-00001.parquet", run.folder.read(SHARD))
     assert [row["trajectory_id"] for row in run.read(0, "original")] == ["t"] * 3
+
+
+def test_content_is_known_by_its_files_and_not_by_their_place(run: RunDirectory, tmp_path: Path) -> None:
+    before = content_of(run.dataset(0, "original"))
+    assert before != content_of(run.checkpoint("reasoner", 0)) is not None
+    run.finish("round-1/align", {"files": run.copy_checkpoint("checkpoints/reasoner-0", "checkpoints/reasoner-1")})
+    assert content_of(run.checkpoint("reasoner", 1)) == content_of(run.checkpoint("reasoner", 0))
+    with closing(run.writer(0, "original")) as writer:
+        writer.extend([{**ROW, "answer": "1"}] * 3)
+    run.finish("round-0/original", {"files": writer.files})
+    assert content_of(run.dataset(0, "original")) not in (before, None)
+    assert content_of(run.dataset(0, "labels")) is None
+    assert content_of(str(tmp_path / "of" / "my" / "own")) is content_of("organisation/model") is None

@@ -45,8 +45,10 @@ def test_prefixes_of_the_steps_are_prefixes_of_the_tokens(
     for j in range(len(steps)):
         prefix = encode(tokenizer, prompt, steps[: j + 1])
         assert prefix.ids == whole.ids[: whole.step_ends[j] + 1]
+        assert whole.until(j) == prefix
         start = prefix.step_ends[j - 1] + 1 if j else whole.prompt_length
         assert tokenizer.decode(prefix.ids[start:]) == steps[j]
+    assert whole.until(-1) == encode(tokenizer, prompt, [])
     assert len(whole.ids) == (whole.step_ends[-1] + 1 if steps else whole.prompt_length) + 1
 
 

@@ -162,6 +162,7 @@ def test_a_worked_solution_is_an_original_trajectory() -> None:
         ({"max_samples": 3}, "max_samples is 3"),
         ({"min_unique": 5}, "min_unique is 5"),
         ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 2.5}, "temperature is 2.5; it must lie between 0 and 2"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"questions": -1}, "questions is -1"),

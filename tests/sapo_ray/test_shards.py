@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sapo_ray.data import Rollout, Trajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
-from sapo_ray.lease import LEASE
+from sapo_ray.lease import LEASE, HeldFolder, LostLeaseError
 from sapo_ray.manifest import check_files
 from sapo_ray.shards import Kind, StageWriter, read_rows
 from sapo_ray.store import rollout_row, trajectory_row
@@ -142,15 +142,16 @@ def test_a_stage_goes_on_in_an_object_store(s3: str) -> None:
 
 def test_a_stage_whose_run_has_another_driver_by_now_writes_no_more(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    folder.write(LEASE, json.dumps({"driver": "one"}))
+    lease = {"driver": "one", "host": "far", "pid": 7, "since": 0.0}
+    folder.write(LEASE, json.dumps(lease))
 
     async def overtaken() -> None:
-        with StageWriter(folder, STAGE, KINDS, 1) as writer:
+        with StageWriter(HeldFolder(tmp_path, "one"), STAGE, KINDS, 1) as writer:
             await writer.add(rows(0, (1, 1)))
-            folder.write(LEASE, json.dumps({"driver": "another"}))
+            folder.write(LEASE, json.dumps({**lease, "driver": "another"}))
             await writer.add(rows(1, (1, 1)))
 
-    with pytest.raises(SapoError, match="has another driver by now; this one stops"):
+    with pytest.raises(LostLeaseError, match="taken over by another driver: host far, pid 7"):
         asyncio.run(overtaken())
     assert json.loads(folder.read(RECORD))["items"] == 1
     assert len(contents(folder)) == 2

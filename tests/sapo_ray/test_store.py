@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from sapo_ray.data import LABELS, Estimate, LabelledTrajectory, PreferencePair, Rollout, Trajectory
 from sapo_ray.errors import SapoError
+from sapo_ray.lease import LEASE, LostLeaseError
 from sapo_ray.shards import SCHEMAS, Kind, read_rows
 from sapo_ray.store import (
     RunDirectory,
@@ -251,6 +253,40 @@ def test_all_data_until_a_round_without_repeats(run: RunDirectory) -> None:
     assert [t.id for t in run.trajectories_until(0)] == ["o", "0/b", "0/c"]
     assert [t.id for t in run.trajectories_until(1)] == ["o", "0/b", "0/c", "1/b"]
     assert [t.id for t in run.trajectories_until(9)] == ["o", "0/b", "0/c", "1/b", "2/a"]
+
+
+WRITES: dict[str, Callable[[RunDirectory], object]] = {
+    "finish": lambda run: run.finish("b", {}),
+    "log": lambda run: run.log("b", [{"loss": 1.0}]),
+    "summary": lambda run: run.write_summary({"rounds": []}),
+    "forget": lambda run: run.forget("a"),
+    "rows": lambda run: write(run, 0, "original", [trajectory_row(TRAJECTORY)]),
+    "file": lambda run: run.write_file("checkpoints/verifier-0/calibration.json", "{}"),
+    "copy": lambda run: run.copy_checkpoint("checkpoints/verifier-0", "checkpoints/verifier-1"),
+    "add": lambda run: run.folder.add(run.path, ["manifest.json"], "tensorboard"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_driver_writes_while_it_has_the_lease(run: RunDirectory, kind: str) -> None:
+    lease = {"driver": "mine", "host": "far", "pid": 7, "since": 0.0}
+    run.folder.write(LEASE, json.dumps(lease))
+    held = RunDirectory(run.path, "mine")
+    held.finish("a", {"files": held.write_file("checkpoints/verifier-0/config.json", "{}")})
+    for now, why in (
+        ({**lease, "driver": "other"}, "taken over by another driver: host far, pid 7"),
+        (None, "is gone"),
+    ):
+        if now:
+            run.folder.write(LEASE, json.dumps(now))
+        else:
+            run.folder.remove([LEASE])
+        before = {name: run.folder.read(name) for name in run.folder.sizes()}
+        with pytest.raises(LostLeaseError, match=f"{why}.*; this one stops"):
+            WRITES[kind](held)
+        assert {name: run.folder.read(name) for name in run.folder.sizes()} == before
+    run.folder.write(LEASE, json.dumps(lease))
+    WRITES[kind](held)
 
 
 def test_opening_a_run_touches_nothing(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapo_ray.training import TrainConfig, learning_rate
+from sapo_ray.tasks.chain import Chain, ChainConfig
+from sapo_ray.training import RESULT_FILE, TrainConfig, TrainJob, TrainResult, finished, learning_rate
 
 
 def test_learning_rates_of_ten_updates() -> None:
@@ -49,3 +53,25 @@ def test_the_learning_rate_rises_then_falls_within_its_bounds(
 def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**values)
+
+
+def test_a_checkpoint_is_finished_where_it_was_made_from_what_is_there_now(tmp_path: Path) -> None:
+    job = TrainJob(
+        objective="sft",
+        init=str(tmp_path / "base"),
+        data=(str(tmp_path / "original"),),
+        out=str(tmp_path / "reasoner-0"),
+        task=Chain(ChainConfig()),
+        config=TrainConfig(),
+        seed=0,
+        content=("of base", "of original"),
+    )
+    counts = {"updates": 1, "examples": 1, "too_long": 0, "empty": 0, "tokens": 1, "resumed_from": 0, "metrics": []}
+    result = {"checkpoint": job.out, "flops": 6.0, "seconds": 1.0, "files": {}, **counts}
+    Path(job.out).mkdir()
+    Path(job.out, RESULT_FILE).write_text(json.dumps({"job": job.fingerprint(1), "result": result}))
+    assert finished(job, 1) == TrainResult(**result)  # type: ignore[arg-type]
+    for content in (("of another base", "of original"), ("of base", "of other data"), (None, None)):
+        assert finished(replace(job, content=content), 1) is None
+    with pytest.raises(ValueError, match=r"training\.json: seed was 0 and is now 1; restore it or remove "):
+        finished(replace(job, seed=1), 1)
