@@ -163,6 +163,7 @@ def stage(trajectories: int, workers: int, method: str) -> Figures:
         while not ray.wait([answer], timeout=0.2)[0]:
             peak = max(peak, process.memory_info().rss)
         done, seconds = ray.get(answer), time.monotonic() - begun
+        click.echo(f"{method}, {workers} workers: {done['sampled']:,} trajectories in {seconds:.0f} s", err=True)
         return Figures(
             trajectories=done["sampled"],
             seconds=seconds,
