@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,18 +33,36 @@ class Demand:
 
 
 def offered_nodes() -> list[Nodes]:
-    """What the connected cluster has, and what its autoscaler says it may add."""
+    """What the connected cluster has, and what its autoscaler may add: anything, where it does not say what."""
     import ray
 
     cluster = ray._private.state.state.get_cluster_config()
     groups = {group.name: group for group in cluster.node_group_configs} if cluster else {}
-    up = [
+    nodes = [
         Nodes(node["NodeManagerHostname"], 1, node["Resources"])
         for node in ray.nodes()
         if node["Alive"]
         and node["Labels"].get("ray.io/node-group") not in groups  # else it is one of those that may be
     ]
-    return up + [Nodes(f"node type {name}", group.max_count, dict(group.resources)) for name, group in groups.items()]
+    nodes += [Nodes(f"node type {name}", group.max_count, dict(group.resources)) for name, group in groups.items()]
+    if not cluster and _autoscales():
+        nodes.append(Nodes("what the autoscaler adds", 1, {"CPU": math.inf, "GPU": math.inf}))
+    return nodes
+
+
+def _autoscales() -> bool:
+    """Whether the cluster has an autoscaler that may add nodes.
+
+    Ray's autoscaler v2 says that it is there; v1 says what types of nodes are up, which without a config of its own it
+    makes from their ids.
+    """
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    report = json.loads(_internal_kv_get("__autoscaling_status") or "{}").get("autoscaler_report") or {}
+    return any(not re.fullmatch("node_[0-9a-f]+", kind) for kind in report.get("active_nodes", ()))
 
 
 def phases(config: RunConfig) -> list[list[Demand]]:

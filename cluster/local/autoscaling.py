@@ -104,6 +104,9 @@ class LocalCluster:
             )
         if started.returncode:
             raise RuntimeError(f"Ray did not start (exit status {started.returncode}); see {log}")
+        announce = [sys.executable, __file__, "--announce", self.address, "--max-nodes", str(self._max_nodes)]
+        announce += ["--node-cpus", str(self._node_cpus)]
+        subprocess.run(announce, env=self._environment(), check=True)
 
     def _autoscaling(self) -> dict[str, object]:
         """What Ray's autoscaler is to know, in the form of a `ray up` file."""
@@ -126,6 +129,7 @@ class LocalCluster:
                 "ray.head.default": {"resources": {"CPU": self._head_cpus}, "node_config": {}, "max_workers": 0},
                 "rollout": {
                     "resources": rollout,
+                    "labels": {"ray.io/node-group": "rollout"},  # as Ray's own node providers have it
                     "node_config": {},
                     "min_workers": 0,
                     "max_workers": self._max_nodes,
@@ -154,6 +158,21 @@ class LocalCluster:
 
     def _stop(self) -> None:
         self._janitor.communicate()  # closes what it reads from
+
+
+def announce(address: str, max_nodes: int, node_cpus: int) -> None:
+    """Say in the cluster what nodes may come, which Ray's autoscaler keeps to itself: a run that none of them could
+    hold is refused."""
+    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE, GcsClient
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+
+    rollout = NodeGroupConfig(name="rollout", max_count=max_nodes, resources={"CPU": node_cpus, "rollout_node": 1})
+    GcsClient(address).internal_kv_put(
+        GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(),
+        ClusterConfig(node_group_configs=[rollout]).SerializeToString(),
+        True,
+        GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
+    )
 
 
 def clean_up(directory: str) -> None:
@@ -193,8 +212,12 @@ def main() -> None:
     parser.add_argument(
         "--idle-timeout", type=float, default=10.0, help="seconds after which an idle node goes (default: %(default)s)"
     )
+    parser.add_argument("--announce", help=argparse.SUPPRESS)
     parser.add_argument("--clean-up", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
+    if address := options.pop("announce"):
+        announce(address, options["max_nodes"], options["node_cpus"])
+        return
     if directory := options.pop("clean_up"):
         sys.stdin.read()  # until its end
         clean_up(directory)

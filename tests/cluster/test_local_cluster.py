@@ -16,7 +16,10 @@ from ray.util.metrics import Counter, Gauge
 
 from actors.telemetry import METRICS
 from cluster.local.autoscaling import LocalCluster, processes_of
+from sapo_ray.store import RunDirectory
+from tests.launch.runs import NULL, TINY, Running, assert_nothing_is_lost, rows
 
+RAY = str(Path(sys.executable).with_name("ray"))
 NODES = """
 import json, time, ray
 ray.init()
@@ -39,6 +42,13 @@ while nodes():
     time.sleep(0.5)
 print(json.dumps({"before": before, "during": during, "apart": apart, "addresses": addresses}))
 """
+UNTIL = """
+import sys, time, ray
+ray.init()
+while ray.cluster_resources().get("rollout_node", 0) != int(sys.argv[1]):
+    time.sleep(0.2)
+"""
+"""Returns once there are so many rollout nodes."""
 EXPORT = """
 import sys, time, urllib.request, ray
 from ray.util.metrics import Counter, Gauge
@@ -58,7 +68,7 @@ while not all(name in text for name in counters + gauges):
 print(text)
 """
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +91,47 @@ def test_nodes_come_with_the_work_and_go_after_it(cluster: LocalCluster) -> None
 
 
 def test_a_job_runs_on_it(cluster: LocalCluster) -> None:
-    ray = str(Path(sys.executable).with_name("ray"))
-    assert "6 x 7 = 42" in client(cluster, ray, "job", "submit", "--", "echo", "6 x 7 = 42")
+    assert "6 x 7 = 42" in client(cluster, RAY, "job", "submit", "--", "echo", "6 x 7 = 42")
+
+
+def test_a_submitted_run_grows_from_no_node_to_two_goes_back_and_is_the_one_of_local_mode(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    """The head has no room for an engine, a node for one; each works on two requests at once, so that many wait."""
+    growing = ["engine.cpus_per_worker=2", "engine.workers=0", "engine.max_workers=2", "engine.max_num_seqs=2"]
+    scaling = ["scaling.grow_after=1", "scaling.shrink_after=5", f"run_dir={tmp_path / 'submitted'}"]
+    command = [sys.executable, "-m", "launch", "run", str(TINY), *NULL, *growing, *scaling]
+    until = (sys.executable, "-c", UNTIL)
+    client(cluster, *until, "0")
+    with (tmp_path / "job.log").open("w") as log:
+        job = subprocess.Popen(
+            [RAY, "job", "submit", "--working-dir", str(TINY.parents[2]), "--", *command],
+            env=os.environ | cluster.variables,
+            stdout=log,
+            stderr=log,
+        )
+        client(cluster, *until, "2")
+        assert job.wait(800) == 0, (tmp_path / "job.log").read_text()
+    client(cluster, *until, "0")
+    local = Running(tmp_path / "local", *NULL)
+    assert local.end() == 0, "".join(local.lines)
+    submitted = RunDirectory(tmp_path / "submitted")
+    assert_nothing_is_lost(submitted, local.store)
+    assert rows(submitted) == rows(local.store)
+
+
+def test_a_run_that_no_node_of_it_could_ever_hold_is_refused(cluster: LocalCluster, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch", "run", str(TINY), f"run_dir={tmp_path / 'run'}", *NULL]
+    refused = subprocess.run(
+        [*command, "engine.cpus_per_worker=3"],
+        env=os.environ | cluster.variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "no node has engine.cpus_per_worker = 3" in refused.stderr
+    assert "node type rollout (up to 2): 2 CPU" in refused.stderr
 
 
 def test_ray_names_metrics_as_the_dashboard_does(cluster: LocalCluster) -> None:
