@@ -101,7 +101,7 @@ with ConsoleReporter() as reporter:
 def test_a_terminal_shows_a_bar_with_counts_while_a_stage_lasts(stage: str) -> None:
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", _on_a_terminal(SCRIPT.format(stage=stage)))
     assert re.search(rf"{re.escape(stage)} \S+ +5/100 .*/s .* 7 tokens of {re.escape(stage)}", shown), shown
-    assert f"{stage}: 0.0 s" in shown
+    assert re.search(rf"{re.escape(stage)}: \d+\.\d s", shown)
     assert f"warning: {stage}" in shown
 
 
