@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.pool import ElasticPool, WorkerError
@@ -203,9 +204,11 @@ def test_a_prompt_that_does_not_fit_fails_alone_and_by_name(session: Session) ->
 def test_a_missing_checkpoint_is_named_and_the_engine_keeps_its_weights(
     session: Session, checkpoints: dict[str, str], tmp_path: Path
 ) -> None:
+    """Asked of the worker itself: a load that fails is the end of its pool."""
     session.load(checkpoints["tied"])
-    with pytest.raises(WorkerError, match=f"no checkpoint to load at {tmp_path}"):
-        session.load(str(tmp_path))
+    (worker,) = session.pool._workers
+    with pytest.raises(RayTaskError, match=f"no checkpoint to load at {tmp_path}"):
+        ray.get(worker.actor.load.remote(str(tmp_path)))
     assert_greedy(session, checkpoints["tied"])
 
 
