@@ -117,6 +117,7 @@ def test_evaluate_a_verifier_on_labels(finished: RunDirectory, config: Path) -> 
     assert re.search(rf"threshold\s*│\s*{threshold:.4g}\s*│", table)
 
 
+@pytest.mark.slow
 def test_a_verifier_without_calibration_is_warned_of(finished: RunDirectory, config: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(finished.checkpoint("verifier", 0), tmp_path / "bare")
     (bare / "calibration.json").unlink()

@@ -87,6 +87,7 @@ def test_a_finished_run_is_not_done_again_and_can_be_shown(stored: RunDirectory)
     assert json.loads(shown.stdout) == stored.summary()
 
 
+@pytest.mark.slow
 def test_other_commands_read_from_it(stored: RunDirectory) -> None:
     verifier, labels = stored.checkpoint("verifier", 1), stored.dataset(1, "labels")
     result = sapo("evaluate", str(TINY), "--verifier", verifier, "--labels", labels, "--json")
