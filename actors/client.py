@@ -121,7 +121,7 @@ class CoordinatorClient:
 
 def _is_placed(actor: Any) -> bool:
     """Whether Ray has found a node for an actor: from then on it has a process, which may still be starting."""
-    return bool(ray._private.state.actors(actor._actor_id.hex())["Pid"])
+    return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))
 
 
 def _one_line(error: BaseException) -> str:

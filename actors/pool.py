@@ -355,7 +355,7 @@ class ElasticPool(Generic[Request, Result]):
     def _lose(self, worker: _Worker, cause: Exception) -> None:
         """Take a dead worker off the list; its calls fail by themselves and are retried."""
         if worker in self._workers:
-            self._counts.update(dead=1, hung=isinstance(cause, HungError))
+            self._counts.update(dead=1, hung=int(isinstance(cause, HungError)))
             self._say(f"worker {worker.number} is lost ({_one_line(cause)}) and will be replaced")
             self._remove(worker)
             self._scale()

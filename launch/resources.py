@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,14 @@ def offered_nodes() -> list[Nodes]:
         if node["Alive"]
         and node["Labels"].get("ray.io/node-group") not in groups  # else it is one of those that may be
     ]
-    nodes += [Nodes(f"node type {name}", group.max_count, dict(group.resources)) for name, group in groups.items()]
+    nodes += [
+        Nodes(
+            f"node type {name}",
+            sys.maxsize if group.max_count < 0 else group.max_count,  # Ray's -1 is no limit
+            {kind: math.inf if amount < 0 else amount for kind, amount in group.resources.items()},
+        )
+        for name, group in groups.items()
+    ]
     if not cluster and _autoscales():
         nodes.append(Nodes("what the autoscaler adds", 1, {"CPU": math.inf, "GPU": math.inf}))
     return nodes

@@ -146,6 +146,8 @@ def _read(run: Folder) -> dict[str, Any] | None:
         lease: dict[str, Any] = json.loads(run.read(LEASE))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise SapoError(f"{run.locate(LEASE)} cannot be read: {error}") from error
     except ValueError as error:
         raise SapoError(f"{run.locate(LEASE)} is damaged: {error}; remove it if no driver of this run lives") from error
     return lease

@@ -211,7 +211,7 @@ def finished(job: TrainJob, workers: int) -> TrainResult | None:
 def is_same_job(stored: Mapping[str, Any], asked: Mapping[str, Any], path: str) -> bool:
     """Whether the job of the fingerprint stored at `path` was on the content that is there now.
 
-    What was made from other content is a leftover: its stage was to be done again, and a kill came before its files
+    What was made from other content is trained anew: its stage was to be done again, and a kill came before its files
     were removed. Raises ValueError that names the first other key in which the fingerprints differ.
     """
     for key, value in asked.items():

@@ -323,7 +323,7 @@ def test_every_worker_holds_what_was_loaded_last_whenever_it_started() -> None:
             with pytest.raises(WorkerError, match=r"test worker \d: load failed: OSError: no disk"):
                 await attempt
 
-    run(test, workers=2, scaling=ScalingConfig(hang_after=8))  # an idle worker is looked after every eighth of that
+    run(test, workers=2, scaling=ScalingConfig(hang_after=20))  # an idle worker is looked after every eighth of that
 
 
 def test_loading_waits_for_requests_in_flight() -> None:

@@ -66,7 +66,7 @@ def test_a_driver_that_lost_its_lease_within_a_stage_enters_nothing(tmp_path: Pa
         lost.extend(folder.sizes())
         return {"labels": 3, "metrics": [{"update": 1, "loss": 0.5}]}
 
-    with Lease(folder) as held:
+    with Lease(folder, seconds=600) as held:
         run = Run(config("tracking=tensorboard"), RunDirectory(folder.location, held.driver), ConsoleReporter())
         run.originals()
         with pytest.raises(LostLeaseError, match="taken over by another driver: host far, pid 7"):

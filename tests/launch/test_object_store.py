@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,7 +43,8 @@ def begun(s3: str) -> RunDirectory:
         assert driver.poll() is None
         time.sleep(0.5)
     for process in (driver, *driver.children()):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     driver.wait()
     return store
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.resources import Nodes, check_fits, phases
+from launch.resources import Nodes, check_fits, offered_nodes, phases
 from sapo_ray.config import RayConfig, RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import EngineConfig, VerifierConfig
@@ -27,6 +29,16 @@ CONFIG = replace(
 
 def test_what_fits_the_nodes_that_may_come_is_let_through() -> None:
     check_fits(CONFIG, [HEAD, GPU_NODES])
+
+
+def test_what_has_no_limit_holds_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray writes -1 where nodes of a group, or what they have of a resource, know no limit."""
+    group = SimpleNamespace(name="any", max_count=-1, resources={"CPU": 16.0, "GPU": -1.0})
+    monkeypatch.setattr(
+        ray._private.state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group])
+    )
+    monkeypatch.setattr(ray, "nodes", list)
+    check_fits(replace(CONFIG, engine=replace(CONFIG.engine, workers=1000)), offered_nodes())
 
 
 def test_a_worker_that_no_node_can_hold_is_named_with_what_is_offered() -> None:

@@ -197,6 +197,13 @@ def test_a_damaged_progress_record_is_given_up(run: RunDirectory) -> None:
     assert run.check() == []
 
 
+def test_a_record_that_a_kill_left_beside_its_finished_stage_goes(run: RunDirectory) -> None:
+    before = run.folder.sizes()
+    run.folder.write("round-0/original.progress.json", '{"items": 3, "sec')
+    assert run.check() == []
+    assert run.folder.sizes() == before
+
+
 def test_a_damaged_manifest_is_named(run: RunDirectory) -> None:
     truncate(run.folder, "manifest.json")
     with pytest.raises(SapoError, match=r"is damaged: .*; restore it from a copy") as error:
