@@ -192,13 +192,13 @@ class Run:
             config=config,
             seed=self.config.seed,
             params=params,
-            content=(content_of(init), content_of(data)),
             run=self._store.name,
             stage=stage,
         )
         self._stage(stage, lambda: self._run_job(stage, job, checkpoint_name(role, number)))
 
     def _run_job(self, stage: str, job: TrainJob, checkpoint: str) -> Notes:
+        job = replace(job, content=tuple(map(content_of, (job.init, *job.data))))
         in_turn = self.config.placement == "colocated"
         if in_turn:
             self._coordinator.pause()

@@ -20,7 +20,7 @@ from sapo_ray.models import Calibration
 from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory, checkpoint_name, labelled_of, pair_of, rollout_of, trajectory_of
 from sapo_ray.tasks import make_task
-from sapo_ray.tasks.base import Split
+from sapo_ray.tasks.base import Split, Task
 
 
 @click.command()
@@ -41,13 +41,14 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
     if not store.folder.has("config.yaml"):
         raise SapoError(f"{run_dir} is no run: it has no config.yaml")
     config = load_config(RunConfig, store.folder.locate("config.yaml"))
-    checked, problems = Counter[str](), list[str]()
+    task, checked, problems = make_task(config.task), Counter[str](), list[str]()
     if store.done("round-0/validation"):
-        samples = _audit_samples(store, config, 0, "validation", "validation", checked)
+        samples = _audit_samples(store, task, 0, "validation", "validation", checked)
         problems += [f"validation: {problem}" for problem in samples]
     for number in range(config.rounds + 1):
         if store.done(f"round-{number}/sample"):
-            problems += [f"round {number}: {problem}" for problem in audit_round(store, config, number, checked)]
+            found = audit_round(store, config, task, number, checked)
+            problems += [f"round {number}: {problem}" for problem in found]
         if store.done(f"round-{number}/pairs"):
             problems += [f"round {number}: {problem}" for problem in _audit_pairs(store, config, number, checked)]
     if as_json:
@@ -60,9 +61,11 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
     ctx.exit(int(bool(problems)))
 
 
-def audit_round(store: RunDirectory, config: RunConfig, number: int, checked: Counter[str]) -> Iterator[str]:
+def audit_round(
+    store: RunDirectory, config: RunConfig, task: Task, number: int, checked: Counter[str]
+) -> Iterator[str]:
     """What does not follow in one round, a line each; counts in `checked` what was looked at."""
-    yield from _audit_samples(store, config, number, "trajectories", "pool", checked)
+    yield from _audit_samples(store, task, number, "trajectories", "pool", checked)
     yield from _repeated(store, number, "labels", checked)
     yield from _repeated(store, number, "rollouts", checked)
     labelled = [labelled_of(row) for row in store.read(number, "labels")]
@@ -84,12 +87,11 @@ def _repeated(store: RunDirectory, number: int, kind: Kind, checked: Counter[str
 
 
 def _audit_samples(
-    store: RunDirectory, config: RunConfig, number: int, kind: Kind, split: Split, checked: Counter[str]
+    store: RunDirectory, task: Task, number: int, kind: Kind, split: Split, checked: Counter[str]
 ) -> Iterator[str]:
     """Are the samples of questions of this split, each stored once, and are their answers what their steps come to?"""
     yield from _repeated(store, number, kind, checked)
-    task, trajectories = make_task(config.task), map(trajectory_of, store.read(number, kind))
-    yield from audit_answers(trajectories, task.questions(split), task)
+    yield from audit_answers(map(trajectory_of, store.read(number, kind)), task.questions(split), task)
 
 
 def _audit_pairs(store: RunDirectory, config: RunConfig, number: int, checked: Counter[str]) -> Iterator[str]:

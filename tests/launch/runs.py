@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,9 +26,9 @@ NULL = ("engine.kind=null", "verifier.kind=null", "simulation.token_seconds=0.05
 class Running:
     """`sapo run` as a process of its own, its stages as they end, and its Ray's processes by name."""
 
-    def __init__(self, path: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "launch", "run", str(TINY), f"run_dir={path}", *overrides]
-        self.store = RunDirectory(path)
+    def __init__(self, location: str | Path, *overrides: str, environment: Mapping[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "launch", "run", str(TINY), f"run_dir={location}", *overrides]
+        self.store = RunDirectory(location)
         self.process = subprocess.Popen(
             command,
             env=os.environ | dict(environment or {}),
@@ -53,7 +54,8 @@ class Running:
             daemons = psutil.Process(self.process.pid).children()
             self.process.kill()
             for daemon in daemons:  # Ray's own, which outlive a driver that is killed
-                daemon.kill()
+                with suppress(psutil.NoSuchProcess):
+                    daemon.kill()
             return True
         for process in psutil.process_iter(["name", "cmdline"]):
             title = " ".join(process.info["cmdline"] or [process.info["name"] or ""])

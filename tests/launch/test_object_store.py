@@ -6,11 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from contextlib import suppress
-from pathlib import Path
 
-import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -20,8 +16,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.manifest import Manifest, check_files
 from sapo_ray.store import RunDirectory, labelled_of, rollout_of
-
-TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+from tests.launch.runs import DRIVER, TINY, Running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -36,17 +31,11 @@ def sapo(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def begun(s3: str) -> RunDirectory:
     """The run as far as it came when its driver and Ray's daemons were killed."""
-    store = RunDirectory(s3.format("runs/tiny"))
-    command = [sys.executable, "-m", "launch", "run", str(TINY), f"run_dir={store.location}"]
-    driver = psutil.Popen(command, stderr=subprocess.DEVNULL)
-    while "round-0/sample" not in store.stages():
-        assert driver.poll() is None
-        time.sleep(0.5)
-    for process in (driver, *driver.children()):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    driver.wait()
-    return store
+    run = Running(s3.format("runs/tiny"))
+    run.wait_for_stage("round-0/sample")
+    run.kill(DRIVER)
+    run.end()
+    return run.store
 
 
 @pytest.fixture(scope="module")
