@@ -10,19 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
-from ray.train.torch import TorchTrainer
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs
@@ -43,7 +40,11 @@ class TrainingError(SapoError):
 
 
 class JobBoard:
-    """An actor: the jobs of a worker group, numbered from 0, and how each ended: a result, or the text of an error."""
+    """An actor: a worker group, its jobs, numbered from 0, and how each ended: a result, or the text of an error.
+
+    The group is started here and not by the driver, because Ray Train has to be waited for in a thread, and a process
+    that ends its connection to Ray while a thread waits on it may crash.
+    """
 
     def __init__(self) -> None:
         self._jobs: list[TrainJob] = []
@@ -51,6 +52,23 @@ class JobBoard:
         self._total, self._updates = 0, Updates()
         self._closed = False
         self._changed = asyncio.Condition()
+
+    async def fit(self, config: TrainerConfig, storage_path: str, name: str) -> None:
+        """Run a worker group until it has ended. Raises Ray Train's error."""
+        from ray.train.torch import TorchTrainer
+
+        board = ray.get_runtime_context().current_actor
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"board": board, "threads": config.threads_per_worker},
+            scaling_config=_scaling(config),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=storage_path,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        await asyncio.to_thread(trainer.fit)
 
     async def post(self, job: TrainJob) -> int:
         """Put up a job; its number."""
@@ -102,10 +120,10 @@ class JobBoard:
 
 @dataclass(frozen=True)
 class _Group:
-    """A running worker group: its board, and what `fit()` will return or raise."""
+    """A running worker group: its board, and the reference of the board's `fit`."""
 
     board: Any
-    fit: Future[ray.train.Result]
+    fit: Any
 
 
 class Trainer:
@@ -122,20 +140,8 @@ class Trainer:
             return
         # The board is beside the driver, which cannot do without it: no other node's end takes it away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(JobBoard).options(num_cpus=0, scheduling_strategy=here).remote()
-        fit = Future[ray.train.Result]()
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"board": board, "threads": self._config.threads_per_worker},
-            scaling_config=_scaling(self._config),
-            run_config=ray.train.RunConfig(
-                name=self._name,
-                storage_path=self._storage_path,
-                failure_config=ray.train.FailureConfig(max_failures=self._config.max_failures),
-            ),
-        )
-        threading.Thread(target=_fit, args=(trainer, fit), daemon=True, name="ray-train-fit").start()
-        self._group = _Group(board, fit)
+        board: Any = ray.remote(JobBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._group = _Group(board, board.fit.remote(self._config, self._storage_path, self._name))
 
     def train(
         self,
@@ -179,9 +185,9 @@ class Trainer:
         while not ray.wait([outcome], timeout=1)[0]:
             total, updates = ray.get(board.news.remote())
             news.pass_on(total, updates, _waiting_for(self._config))
-            if fit.done():
+            if ray.wait([fit], timeout=0)[0]:
                 self._group = None
-                raise TrainingError(f"{job.out}: {_cause(fit)}") from fit.exception()
+                _raise(job, fit)
         news.pass_on(*ray.get(board.news.remote()))
         return ray.get(outcome)
 
@@ -192,7 +198,7 @@ class Trainer:
         group, self._group = self._group, None
         with suppress(RayActorError):  # without their board, the workers fail by themselves
             if ray.get(group.board.close.remote()):
-                group.fit.exception()
+                ray.wait([group.fit])
 
 
 class _News:
@@ -262,13 +268,6 @@ def _report_to(board: Any, run: str) -> Callable[[int, Updates], None]:
     return report
 
 
-def _fit(trainer: TorchTrainer, future: Future[ray.train.Result]) -> None:
-    try:
-        future.set_result(trainer.fit())
-    except BaseException as error:
-        future.set_exception(error)
-
-
 def _scaling(config: TrainerConfig) -> ray.train.ScalingConfig:
     return ray.train.ScalingConfig(
         num_workers=config.workers,
@@ -306,12 +305,16 @@ def _absolute(job: TrainJob) -> TrainJob:
     return replace(job, init=init, data=tuple(map(absolute, job.data)), out=absolute(job.out))
 
 
-def _cause(fit: Future[ray.train.Result]) -> str:
-    """One line: the last of every worker's error where workers failed, else Ray Train's own error."""
-    error = fit.exception()
-    if isinstance(error, ray.train.WorkerGroupError) and error.worker_failures:
-        return "; ".join(f"worker {rank}: {_last_line(cause)}" for rank, cause in error.worker_failures.items())
-    return _last_line(error) if error else "the workers were let go while it was training"
+def _raise(job: TrainJob, fit: Any) -> NoReturn:
+    """Raise why a group ended under a job: the last line of every worker's error, else of Ray Train's own."""
+    try:
+        ray.get(fit)
+    except RayTaskError as error:
+        cause = error.cause
+        failures = cause.worker_failures if isinstance(cause, ray.train.WorkerGroupError) else {}
+        lines = [f"worker {rank}: {_last_line(failure)}" for rank, failure in failures.items()]
+        raise TrainingError(f"{job.out}: {'; '.join(lines) or _last_line(cause)}") from error
+    raise TrainingError(f"{job.out}: the workers were let go while it was training")
 
 
 def _last_line(error: BaseException) -> str:
