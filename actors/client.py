@@ -9,15 +9,13 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.coordinator import Coordinator
+from actors.flush import FLUSH_SECONDS
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.progress import Reporter
 
 MAX_DEATHS = 3
 """Deaths of the coordinator in one call after which the run gives up."""
-
-FLUSH_SECONDS = 10.0
-"""How long an interrupted driver lets the coordinator record what is done of a stage."""
 
 
 class CoordinatorClient:

@@ -34,8 +34,8 @@ Notes = Mapping[str, Any]
 class Run:
     """The stages of a run. Use as a context manager: its actors and workers are gone afterwards.
 
-    Where an error or Ctrl-C ends it, workers are not waited for, which may be at a long training: they end with Ray's
-    session.
+    Where an error or Ctrl-C ends it, nothing is waited for but, by the latter, the record of what is done: workers end
+    with Ray's session.
     """
 
     def __init__(self, config: RunConfig, store: RunDirectory, reporter: Reporter) -> None:
@@ -194,6 +194,7 @@ class Run:
             params=params,
             run=self._store.name,
             stage=stage,
+            driver=self._store.driver,
         )
         self._stage(stage, lambda: self._run_job(stage, job, checkpoint_name(role, number)))
 

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,8 @@ from transformers import (
 
 from sapo_ray.batching import global_batches, micro_batches
 from sapo_ray.cache import local_checkpoint, local_copy
-from sapo_ray.files import Folder, split
+from sapo_ray.files import Folder, joined, split
+from sapo_ray.lease import HeldFolder
 from sapo_ray.manifest import DamagedError, Files, records_of
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
@@ -52,10 +54,12 @@ _LATEST = "latest.json"
 T = TypeVar("T")
 Report = Callable[[int, list[dict[str, float]]], None]
 """Takes the updates in all, and the metrics of those made since the last report (see `TrainResult`)."""
+Stop = Callable[[], bool]
+"""Whether this rank knows that the training is to stop. Must not wait: every update asks."""
 
 
 class JobError(Exception):
-    """A job that cannot be done, for a reason that every rank has seen."""
+    """A job that cannot be done or was told to stop, for a reason that every rank has seen."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,19 @@ class Progress:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(job: TrainJob, device: torch.device, report: Report) -> TrainResult:
+def train(job: TrainJob, device: torch.device, report: Report, stop: Stop) -> TrainResult:
     """Train, export to `job.out` and return the result; at once where `job.out` already holds this job's.
 
     `report` is called on rank 0, about once a second, and before every mid-training checkpoint: a training that goes on
-    from there has reported what came before. Raises JobError on every rank for a job that cannot be done.
+    from there has reported what came before. Where `stop` says so on any rank, all stop after the same update, with a
+    mid-training checkpoint. Raises JobError on every rank for a job that cannot be done or was told to stop.
     """
     stored = _together(lambda: finished(job, dist.get_world_size()))
     if stored is not None:
         return stored
     training = Training(job, device)
     try:
-        return training.run(report)
+        return training.run(report, stop)
     finally:
         training.engine.destroy()
         del training
@@ -100,7 +105,8 @@ class Training:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         self.job, self.device, self.begun = job, device, time.monotonic()
         home, self.name = split(job.out)
-        self.home, self.partial = Folder(home), f"{self.name}.partial"
+        self.home = Folder(home) if job.driver is None else HeldFolder(home, job.driver, Folder(joined(home, "..")))
+        self.partial = f"{self.name}.partial"
         self.objective: Objective = _together(lambda: make_objective(job.objective, job.params))
         self.init: str = _together(lambda: local_checkpoint(job.init))
         self.tokenizer: PreTrainedTokenizerBase = _together(lambda: AutoTokenizer.from_pretrained(self.init))
@@ -112,7 +118,7 @@ class Training:
         self.engine = _engine(model, job.config)
         self.progress = self._restore()
 
-    def run(self, report: Report) -> TrainResult:
+    def run(self, report: Report, stop: Stop) -> TrainResult:
         """Every update that is left, then the export."""
         config, progress, resumed_from = self.job.config, self.progress, self.progress.updates
         self.begun -= progress.seconds
@@ -122,38 +128,43 @@ class Training:
         reported, told = -math.inf, resumed_from
         while progress.updates < len(batches):
             lr = learning_rate(config, progress.updates, len(batches))
-            progress.metrics.append(self.update(batches[progress.updates], lr))
+            metrics, stops = self.update(batches[progress.updates], lr, stop())
+            progress.metrics.append(metrics)
             progress.updates += 1
             progress.seconds = time.monotonic() - self.begun
-            saves = config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0
+            saves = stops or (config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0)
             ends = progress.updates == len(batches)
             if dist.get_rank() == 0 and (saves or ends or progress.seconds > reported + 1):
                 report(len(batches), progress.metrics[told:])
                 reported, told = progress.seconds, progress.updates
             if saves:
                 self._save()
+            if stops:
+                raise JobError(f"told to stop; {progress.updates} of {len(batches)} updates are saved")
         return self._export(resumed_from)
 
-    def update(self, batch: Sequence[int], lr: float) -> dict[str, float]:
-        """One optimizer step on a global batch; its metrics (see TrainResult)."""
+    def update(self, batch: Sequence[int], lr: float, stop: bool) -> tuple[dict[str, float], bool]:
+        """One optimizer step on a global batch; its metrics (see TrainResult), and whether any rank's `stop` is set."""
         limit = self.job.config.micro_batch_tokens
         examples = [self.data.examples[i] for i in batch]
         counts = [max(1, sum(example.counts[term] for example in examples)) for term in self.objective.weights]
         divisors = torch.tensor(counts, device=self.device)
-        terms = torch.zeros(len(counts), device=self.device)
+        sums = torch.zeros(len(counts) + 1, device=self.device)  # of the terms, and of the ranks that are to stop
+        sums[-1] = stop
         steps = micro_batches(batch, self.shapes, limit, dist.get_world_size())[dist.get_rank()]
         for number, step in enumerate(steps):
             self.engine.set_gradient_accumulation_boundary(number == len(steps) - 1)
             # A rank without examples goes through the motions with weight 0: ZeRO communicates in every pass.
             means = self._sums(step or batch[:1]) / divisors * bool(step)
             self.engine.backward(means @ self.weights * dist.get_world_size())  # DeepSpeed averages over the ranks
-            terms += means.detach()
-        dist.all_reduce(terms)
+            sums[:-1] += means.detach()
+        dist.all_reduce(sums)
+        terms = sums[:-1]
         loss = self._finite("loss", float(terms @ self.weights), examples)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         grad_norm = self._finite("gradient norm", _step(self.engine, self.job.config), examples)
-        return {
+        metrics = {
             "update": self.progress.updates + 1,
             "loss": loss,
             **dict(zip(self.objective.weights, terms.tolist(), strict=True)),
@@ -161,6 +172,7 @@ class Training:
             "grad_norm": grad_norm,
             "tokens": sum(example.tokens for example in examples),
         }
+        return metrics, bool(sums[-1])
 
     def _sums(self, step: Sequence[int]) -> Tensor:
         """The sums of all loss terms over a micro-batch, in the order of the objective's weights."""
@@ -182,24 +194,29 @@ class Training:
     def _save(self) -> None:
         """A mid-training checkpoint. Every rank puts its own files into place, then `latest.json` is replaced: so an
         interrupted save is never seen."""
-        tag = f"update-{self.progress.updates}"
-        with self.home.staging(f"{self.partial}/rank-{dist.get_rank()}") as directory:
+        tag, rank = f"update-{self.progress.updates}", dist.get_rank()
+        with ExitStack() as stack:
+            directory = _together(lambda: stack.enter_context(self.home.staging(f"{self.partial}/rank-{rank}")))
             self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
             mine = _together(lambda: self._put_state(directory / tag))
         everyone: list[Files] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
-        if dist.get_rank() == 0:
-            files = {name: record for part in everyone for name, record in part.items()}
-            latest = {"tag": tag, "job": self._fingerprint(), "progress": asdict(self.progress), "files": files}
-            self.home.write(f"{self.partial}/{_LATEST}", json.dumps(latest))
-            tags = {name.split("/")[1] for name in self.home.sizes(self.partial) if name.count("/") > 1}
-            for old in tags - {tag}:
-                self.home.clear(f"{self.partial}/{old}")
+        _together(lambda: self._put_latest(tag, {name: record for part in everyone for name, record in part.items()}))
 
     def _put_state(self, directory: Path) -> Files:
         files = records_of(directory)
         self.home.add(directory, files, f"{self.partial}/{directory.name}")
         return files
+
+    def _put_latest(self, tag: str, files: Files) -> None:
+        """Rank 0's part of a mid-training checkpoint: from now on it is the one to go on from, and others go."""
+        if dist.get_rank() != 0:
+            return
+        latest = {"tag": tag, "job": self._fingerprint(), "progress": asdict(self.progress), "files": files}
+        self.home.write(f"{self.partial}/{_LATEST}", json.dumps(latest))
+        tags = {name.split("/")[1] for name in self.home.sizes(self.partial) if name.count("/") > 1}
+        for old in tags - {tag}:
+            self.home.clear(f"{self.partial}/{old}")
 
     def _restore(self) -> Progress:
         """Load the last mid-training checkpoint, if there is one of this job."""

@@ -2,7 +2,7 @@
 
 The workers take jobs from a `JobBoard`, train them (see `actors.train_loop`) and leave the results there. A job stays
 on the board until it has a result, so that workers that replace a crashed group take it up again, from its last
-mid-training checkpoint.
+mid-training checkpoint. An interrupted driver has the board tell the workers to write one and to stop.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs
+from actors.flush import FLUSH_SECONDS
 from actors.telemetry import Telemetry
 from sapo_ray.errors import SapoError
 from sapo_ray.files import absolute
@@ -49,6 +51,7 @@ class JobBoard:
     def __init__(self) -> None:
         self._jobs: list[TrainJob] = []
         self._outcomes: dict[int, TrainResult | str] = {}
+        self._stopped: set[int] = set()
         self._total, self._updates = 0, Updates()
         self._closed = False
         self._changed = asyncio.Condition()
@@ -110,6 +113,19 @@ class JobBoard:
         updates, self._updates = self._updates, Updates()
         return self._total, updates
 
+    async def stop(self, number: int) -> tuple[int, Updates]:
+        """Have a job stop, and wait until it has, unless it has made no update yet; its last news."""
+        async with self._changed:
+            self._stopped.add(number)
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: number in self._outcomes or not self._total)
+        return await self.news()
+
+    async def stopping(self, number: int) -> None:
+        """Wait until a job is to stop, or has ended."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number in self._stopped or number in self._outcomes)
+
     async def close(self) -> bool:
         """Let the workers go when they have finished what they are at; whether they are at nothing."""
         async with self._changed:
@@ -153,7 +169,8 @@ class Trainer:
 
         `on_progress` is told updates done, updates in all, and the loss, about once a second; `on_updates` of every
         update once, in their order, but for those before the checkpoint that an earlier call's training goes on from.
-        Raises TrainingError with the worker's own cause. The group lives on where the job was at fault.
+        Raises TrainingError with the worker's own cause. The group lives on where the job was at fault. On Ctrl-C, what
+        the training has learnt goes into a mid-training checkpoint, which is waited for, but not for long.
         """
         job = _absolute(job)
         stored = finished(job, self._config.workers)
@@ -181,18 +198,24 @@ class Trainer:
         """What a group makes of a job. Raises TrainingError where the group ends before it, RayActorError where the
         board does."""
         board, fit = group.board, group.fit
-        outcome = board.outcome.remote(ray.get(board.post.remote(job)))
-        while not ray.wait([outcome], timeout=1)[0]:
-            total, updates = ray.get(board.news.remote())
-            news.pass_on(total, updates, _waiting_for(self._config))
-            if ray.wait([fit], timeout=0)[0]:
-                self._group = None
-                _raise(job, fit)
+        number = ray.get(board.post.remote(job))
+        outcome = board.outcome.remote(number)
+        try:
+            while not ray.wait([outcome], timeout=1)[0]:
+                total, updates = ray.get(board.news.remote())
+                news.pass_on(total, updates, _waiting_for(self._config))
+                if ray.wait([fit], timeout=0)[0]:
+                    self._group = None
+                    _raise(job, fit)
+        except KeyboardInterrupt:
+            with suppress(RayError):  # it takes too long, or the board has died
+                news.pass_on(*ray.get(board.stop.remote(number), timeout=FLUSH_SECONDS))
+            raise
         news.pass_on(*ray.get(board.news.remote()))
         return ray.get(outcome)
 
     def close(self) -> None:
-        """Let the workers go, and wait until they have; after an interrupted training they are not waited for."""
+        """Let the workers go, and wait until they have, unless they are still at a training that was interrupted."""
         if self._group is None:
             return
         group, self._group = self._group, None
@@ -248,14 +271,20 @@ def _work(config: dict[str, Any]) -> None:
         logs.enter(job.run, job.stage)
         logger.info("rank %d trains %s from %s on %s, on %s", rank, job.out, job.init, ", ".join(job.data), device)
         outcome: TrainResult | str
+        stopping = board.stopping.remote(number)
         try:
-            outcome = train(job, device, _report_to(board, job.run))
+            outcome = train(job, device, _report_to(board, job.run), partial(_has_come, stopping))
             logger.info("trained in %.0f s", outcome.seconds)
         except JobError as error:
             outcome = str(error)
             logger.error("%s", outcome)
         if rank == 0:
             ray.get(board.settle.remote(number, outcome))
+
+
+def _has_come(answer: Any) -> bool:
+    """Whether an answer is there; asks nobody."""
+    return bool(ray.wait([answer], timeout=0)[0])
 
 
 def _report_to(board: Any, run: str) -> Callable[[int, Updates], None]:

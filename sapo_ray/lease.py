@@ -15,8 +15,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -103,27 +103,34 @@ class HeldFolder(Folder):
     Raises LostLeaseError, before anything is changed, where it is not.
     """
 
-    def __init__(self, location: str | Path, driver: str) -> None:
+    def __init__(self, location: str | Path, driver: str, run: Folder | None = None) -> None:
+        """A folder within a run names the `run`, in which its lease lies."""
         super().__init__(location)
-        self._driver = driver
+        self._run, self._driver = run or self, driver
 
     # `put` and `copy` begin with `clear`.
 
     def write(self, name: str, data: bytes | str) -> None:
-        _check_held(self, self._driver)
+        _check_held(self._run, self._driver)
         super().write(name, data)
 
     def remove(self, names: Iterable[str]) -> None:
-        _check_held(self, self._driver)
+        _check_held(self._run, self._driver)
         super().remove(names)
 
     def clear(self, name: str) -> None:
-        _check_held(self, self._driver)
+        _check_held(self._run, self._driver)
         super().clear(name)
 
     def add(self, source: Path, names: Iterable[str], name: str) -> None:
-        _check_held(self, self._driver)
+        _check_held(self._run, self._driver)
         super().add(source, names, name)
+
+    @contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        _check_held(self._run, self._driver)  # or it would remove what the new holder prepares in the same place
+        with super().staging(name) as directory:
+            yield directory
 
 
 def holder(run: Folder) -> str | None:

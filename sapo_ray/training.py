@@ -56,7 +56,8 @@ class TrainConfig:
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients as well, 3 weights as well. 0 adds up the
     gradients of an update's micro-batches in `dtype`, the others in fp32."""
     checkpoint_every: int = changeable(0)
-    """Updates between mid-training checkpoints, from which an interrupted training goes on; 0 makes none."""
+    """Updates between mid-training checkpoints, from which an interrupted training goes on; 0 makes none but the one
+    that Ctrl-C and SIGTERM ask for."""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "max_tokens", "learning_rate"):
@@ -137,6 +138,9 @@ class TrainJob:
     """Name of the run that it belongs to, in logs and metrics."""
     stage: str = "-"
     """Name of the run's stage, there too."""
+    driver: str | None = None
+    """The id of the driver that must have the lease of the run two levels above `out` at every write; None where there
+    is no lease to look at."""
 
     def fingerprint(self, workers: int) -> dict[str, Any]:
         """What must stay the same for a training to go on or to count as done. Paths are relative to `out`'s parent,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from sapo_ray.batching import global_batches
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
+from sapo_ray.lease import LEASE
 from sapo_ray.manifest import Files
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.objectives import make_objective
@@ -90,10 +91,10 @@ def job(home: Path, out: Path, objective: str = "sft", **changes: Any) -> TrainJ
     )
 
 
-def run(job: TrainJob, report: Any = lambda *_: None) -> TrainResult:
+def run(job: TrainJob, report: Any = lambda *_: None, stop: Callable[[], bool] = lambda: False) -> TrainResult:
     from actors.train_loop import train
 
-    return train(job, CPU, report)
+    return train(job, CPU, report, stop)
 
 
 def plain_losses(job: TrainJob) -> list[float]:
@@ -179,6 +180,38 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
     if dtype == "fp32":
         assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
+
+
+def test_a_training_that_is_told_to_stop_saves_what_it_has_learnt(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import JobError
+
+    asked, told = job(home, tmp_path / "out"), iter([False, False, True])
+    with pytest.raises(JobError, match="told to stop; 3 of 6 updates are saved"):
+        run(asked, stop=lambda: next(told))
+    result = run(asked)
+    assert result.resumed_from == 3
+    assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
+
+
+def test_a_training_whose_run_has_another_driver_by_now_writes_no_more(home: Path, tmp_path: Path) -> None:
+    """Neither a mid-training checkpoint nor the export; the other driver's goes on from what was there before."""
+    from actors.train_loop import JobError
+
+    lease = {"driver": "one", "host": "far", "pid": 7, "since": 0.0}
+    (tmp_path / LEASE).write_text(json.dumps(lease))
+    asked = replace(job(home, tmp_path / "checkpoints" / "out", checkpoint_every=2), driver="one")
+
+    def take_over(total: int, updates: list[dict[str, float]]) -> None:
+        if updates[-1]["update"] == 4:
+            (tmp_path / LEASE).write_text(json.dumps({**lease, "driver": "another"}))
+
+    for every in (2, 0):
+        with pytest.raises(JobError, match=rf"{tmp_path} was taken over by another driver: host far, pid 7"):
+            run(replace(asked, config=replace(asked.config, checkpoint_every=every)), take_over)
+        latest = json.loads((tmp_path / "checkpoints" / "out.partial" / "latest.json").read_text())
+        assert latest["tag"] == "update-2"
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["out.partial"]
+    assert run(replace(asked, driver="another")).resumed_from == 2
 
 
 def test_a_training_in_an_object_store_goes_on_there(home: Path, tmp_path: Path, s3: str) -> None:

@@ -191,6 +191,26 @@ def test_a_killed_worker_is_replaced_and_the_training_goes_on(
     assert losses(result) == pytest.approx(losses(undisturbed), abs=1e-5)
 
 
+def test_a_training_that_ctrl_c_ends_is_saved_and_goes_on(home: Path, trainers: dict[int, Trainer]) -> None:
+    lengthy, told = {"epochs": 100}, list[dict[str, float]]()
+    asked = job(home, "interrupted", **lengthy)
+
+    def interrupt(updates: list[dict[str, float]]) -> None:
+        told.extend(updates)
+        if told == updates:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainers[2].train(asked, on_updates=interrupt)
+    saved = json.loads(Path(asked.out + ".partial", "latest.json").read_text())["progress"]
+    assert saved["metrics"] == told
+    assert 0 < len(told) < 300
+    result = trainers[2].train(asked, on_updates=told.extend)
+    assert result.resumed_from == saved["updates"]
+    assert [update["update"] for update in told] == list(range(1, 301))
+    assert losses(result) == pytest.approx(losses(trainers[2].train(job(home, "never", **lengthy))), abs=1e-5)
+
+
 def test_a_group_that_crashes_too_often_is_an_error(home: Path, trainers: dict[int, Trainer], tmp_path: Path) -> None:
     asked = job(home, "lost", task_that_leaves_its_pid(tmp_path / "pids"), epochs=20, checkpoint_every=1)
     kill_after(5, asked, tmp_path / "pids")

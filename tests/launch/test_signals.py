@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from sapo_ray.store import RunDirectory
+from sapo_ray.training import RESULT_FILE
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"
@@ -107,6 +109,14 @@ class Command:
             assert self.process.poll() is None, self.output()
             time.sleep(0.1)
 
+    def terminate(self, when: Callable[[], bool]) -> None:
+        """SIGTERM, which it obeys and leaves nothing behind."""
+        self.wait_for(when)
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=600) == 128 + signal.SIGTERM
+        assert self.output().splitlines()[-1] == "terminated"
+        assert list(self.alive()) == []
+
     def output(self) -> str:
         return self._log.read_text()
 
@@ -128,16 +138,20 @@ class Command:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_is_told_to_stop_stops_and_goes_on(tmp_path: Path) -> None:
-    """In a training by SIGTERM, in a sampling stage by Ctrl-C twice; then the same command runs to its end."""
-    run, arguments = RunDirectory(tmp_path / "run"), ("run", str(TINY), "rounds=0", f"run_dir={tmp_path / 'run'}")
+    """Before a training and in it by SIGTERM, in a sampling stage by Ctrl-C twice; then the same command runs to its
+    end, with the loss curve of a run that nothing has stopped in its training."""
+    run, undisturbed = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "undisturbed")
+    arguments = ("run", str(TINY), "rounds=0", "sft.epochs=300", "sft.checkpoint_every=100", f"run_dir={run.path}")
+    latest = run.path / "checkpoints" / "reasoner-0.partial" / "latest.json"
 
     command = Command(tmp_path / "log", *arguments)
-    command.wait_for(lambda: command.has("ray::RayTrainWorker"))
-    command.process.send_signal(signal.SIGTERM)
-    assert command.process.wait(timeout=600) == 128 + signal.SIGTERM
-    assert command.output().splitlines()[-1] == "terminated"
-    assert list(command.alive()) == []
+    command.terminate(lambda: command.has("ray::RayTrainWorker"))
     assert list(run.stages()) == ["round-0/original", "base"]
+
+    Command(tmp_path / "log", *arguments).terminate(latest.exists)
+    assert list(run.stages()) == ["round-0/original", "base"]
+    saved = json.loads(latest.read_text())["progress"]["updates"]
+    assert saved > 100
 
     command = Command(tmp_path / "log", *arguments)
     command.wait_for(lambda: command.has("ray::RolloutWorker"))
@@ -154,3 +168,12 @@ def test_a_run_that_is_told_to_stop_stops_and_goes_on(tmp_path: Path) -> None:
     assert command.process.wait(timeout=600) == 0, command.output()
     assert "round-0/sft" not in command.output()
     assert [entry["round"] for entry in run.summary()["rounds"]] == [0]
+
+    command = Command(tmp_path / "log", *arguments, f"run_dir={undisturbed.path}")
+    command.terminate(lambda: "round-0/sft" in undisturbed.stages())
+    files = [store.folder.read(f"checkpoints/reasoner-0/{RESULT_FILE}") for store in (run, undisturbed)]
+    trained, same = (json.loads(file)["result"] for file in files)
+    assert (trained["resumed_from"], same["resumed_from"]) == (saved, 0)
+    assert [update["loss"] for update in trained["metrics"]] == pytest.approx(
+        [update["loss"] for update in same["metrics"]], abs=1e-5
+    )

@@ -16,7 +16,7 @@ import pytest
 from sapo_ray import lease as module
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
-from sapo_ray.lease import LEASE, Lease, holder
+from sapo_ray.lease import LEASE, HeldFolder, Lease, LostLeaseError, holder
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -135,6 +135,15 @@ def test_a_driver_that_cannot_renew_its_lease_stops_when_it_ends(
 
     with pytest.raises(SapoError, match=r"the lease could not be renewed: .*no space left; this driver stops"):
         drive()
+
+
+def test_a_folder_within_a_run_is_written_while_the_run_s_lease_is_held(folder: Folder) -> None:
+    elsewhere(folder, renewed=time.time())
+    checkpoints = folder.locate("checkpoints")
+    HeldFolder(checkpoints, "other", folder).write("file", "of the holder")
+    with pytest.raises(LostLeaseError, match=f"{folder.location} was taken over by another driver: host far, pid 7"):
+        HeldFolder(checkpoints, "mine", folder).write("file", "of the one before")
+    assert folder.read("checkpoints/file") == b"of the holder"
 
 
 def test_a_damaged_lease_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,7 @@ WRITES: dict[str, Callable[[RunDirectory], object]] = {
     "rows": lambda run: write(run, 0, "original", [trajectory_row(TRAJECTORY)]),
     "file": lambda run: run.write_file("checkpoints/verifier-0/calibration.json", "{}"),
     "copy": lambda run: run.copy_checkpoint("checkpoints/verifier-0", "checkpoints/verifier-1"),
+    "staging": lambda run: ExitStack().enter_context(run.folder.staging("checkpoints/verifier-1")),
     "add": lambda run: run.folder.add(run.path, ["manifest.json"], "tensorboard"),
 }
 

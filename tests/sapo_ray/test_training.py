@@ -70,7 +70,8 @@ def test_a_checkpoint_is_finished_where_it_was_made_from_what_is_there_now(tmp_p
     result = {"checkpoint": job.out, "flops": 6.0, "seconds": 1.0, "files": {}, **counts}
     Path(job.out).mkdir()
     Path(job.out, RESULT_FILE).write_text(json.dumps({"job": job.fingerprint(1), "result": result}))
-    assert finished(job, 1) == TrainResult(**result)  # type: ignore[arg-type]
+    for driver in (None, "one", "another"):
+        assert finished(replace(job, driver=driver), 1) == TrainResult(**result)  # type: ignore[arg-type]
     for content in (("of another base", "of original"), ("of base", "of other data"), (None, None)):
         assert finished(replace(job, content=content), 1) is None
     with pytest.raises(ValueError, match=r"training\.json: seed was 0 and is now 1; restore it or remove "):
