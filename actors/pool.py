@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.logs import about
 from actors.worker import EngineDeadError, Place, log_tail
-from sapo_ray.errors import SapoError
+from sapo_ray.errors import SapoError, told
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, Load, ScalingConfig, growth, tried_together
 
@@ -523,8 +523,7 @@ class ElasticPool(Generic[Request, Result]):
 
     def _error(self, worker: _Worker, method: str, error: Exception) -> WorkerError:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        kind = "" if isinstance(cause, SapoError) else f"{type(cause).__name__}: "
-        return WorkerError(f"{self.name} worker {worker.number}: {method} failed: {kind}{_one_line(cause)}")
+        return WorkerError(f"{self.name} worker {worker.number}: {method} failed: {told(cause)}")
 
     @staticmethod
     def _fail(requests: Iterable[_Waiting[Request, Result]], error: Exception) -> None:
