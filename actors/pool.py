@@ -69,8 +69,8 @@ class QuarantinedError(SapoError):
 class PoolStats:
     """Counts of workers and requests; `rate` is requests finished per second and busy worker, lately.
 
-    `unplaced` of the `starting` workers wait for a node. `counts`: dead, hung, retries, quarantined, hedged,
-    growths (decisions to grow), grown and shrunk (workers).
+    `unplaced` of the `starting` workers wait for a node. `counts`: dead (hung ones among them), hung,
+    retries, quarantined, hedged, growths (decisions to grow), grown and shrunk (workers).
     """
 
     ready: int

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 from pyarrow import fs
 
+from tests.disks import Disk
+
 # A shell without job control has its background jobs ignore SIGINT, by which a lost lease, for one, ends a driver.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -67,15 +69,15 @@ def _answers(port: int) -> bool:
 
 
 @pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A file system of 8 MiB."""
+    disk = Disk(tmp_path / "disk")
+    disk.path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={disk.size}", "tmpfs", str(disk.path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system can be mounted by root alone")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk.path)], check=True)
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -6,7 +6,6 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sapo_ray.lease import LEASE, HeldFolder, LostLeaseError
 from sapo_ray.manifest import check_files
 from sapo_ray.shards import Kind, StageWriter, read_rows
 from sapo_ray.store import rollout_row, trajectory_row
+from tests.disks import Disk
 
 STAGE, RECORD = "round-1/sample", "round-1/sample.progress.json"
 KINDS: tuple[Kind, ...] = ("trajectories", "rollouts")
@@ -158,21 +158,20 @@ def test_a_stage_whose_run_has_another_driver_by_now_writes_no_more(tmp_path: Pa
     assert len(contents(folder)) == 2
 
 
-def test_a_stage_that_meets_a_full_disk_goes_on_once_there_is_space(tiny_disk: Path, tmp_path: Path) -> None:
-    items, ballast = [(2, 1)] * 6, tiny_disk / "ballast"
+def test_a_stage_that_meets_a_full_disk_goes_on_once_there_is_space(disk: Disk, tmp_path: Path) -> None:
+    items = [(2, 1)] * 6
     expected = asyncio.run(work(Folder(tmp_path / "undisturbed"), items, 2))
-    folder = Folder(tiny_disk / "run")
+    folder = Folder(disk.path / "run")
     with pytest.raises(SapoError, match="the engine died"):
         asyncio.run(work(folder, items, 2, stop=3))
-    with suppress(OSError):
-        ballast.write_bytes(b"x" * 2**20)
+    disk.fill()
     shard = r"round-1/(trajectories|rollouts)/part-0000\d.parquet"
     for _ in range(2):
-        with pytest.raises(SapoError, match=f"{tiny_disk}/run/{shard} cannot be written: No space left on device$"):
+        with pytest.raises(SapoError, match=f"{disk.path}/run/{shard} cannot be written: No space left on device$"):
             asyncio.run(work(folder, items, 2))
         assert json.loads(folder.read(RECORD))["items"] == 3
         check_files(folder, json.loads(folder.read(RECORD))["files"])
-    ballast.unlink()
+    disk.free()
     notes = asyncio.run(work(folder, items, 2))
     assert {**notes, "files": None} == {**expected, "files": None}
     assert folder.sizes().keys() == {*notes["files"], RECORD}
