@@ -227,7 +227,7 @@ def test_a_training_that_meets_a_full_disk_goes_on_once_there_is_space(home: Pat
 
     with pytest.raises(SapoError, match=f"{out}.partial/rank-0.tmp cannot be written: No space left on device$"):
         run(job(home, Path(out), checkpoint_every=2), fill)
-    assert [path.name for path in Path(f"{out}.partial").iterdir()] == ["update-2", "latest.json"]
+    assert {path.name for path in Path(f"{out}.partial").iterdir()} == {"update-2", "latest.json"}
     with pytest.raises(JobError, match=f"^{out}.tmp cannot be written: No space left on device$"):
         run(job(home, Path(out), checkpoint_every=0))
     disk.free()
