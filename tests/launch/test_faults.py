@@ -89,10 +89,7 @@ def test_with_null_engines_a_run_that_was_killed_everywhere_is_the_undisturbed_o
 def test_a_run_that_meets_a_full_disk_says_so_and_goes_on_once_there_is_space(
     undisturbed: RunDirectory, disk: Disk
 ) -> None:
-    for stage in (
-        "round-0/validation",
-        "round-0/sample",
-    ):  # while round 0 is sampled; while the first verifier is trained
+    for stage in ("round-0/validation", "round-0/sample"):  # it fills while the next is at work, sampling and training
         run = Running(disk.path / "run", *NULL)
         run.wait_for_stage(stage)
         disk.fill()
