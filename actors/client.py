@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.coordinator import Coordinator
 from actors.flush import FLUSH_SECONDS
 from sapo_ray.config import RunConfig
-from sapo_ray.errors import SapoError
+from sapo_ray.errors import SapoError, told
 from sapo_ray.progress import Reporter
 
 MAX_DEATHS = 3
@@ -71,14 +71,14 @@ class CoordinatorClient:
                 self._load(self.stage or method)
                 return self._wait(getattr(self._actor, method).remote(*args))
             except RayTaskError as error:
-                raise SapoError(f"{method}: {type(error.cause).__name__}: {_one_line(error.cause)}") from error
+                raise SapoError(f"{method}: {told(error.cause)}") from error
             except RayActorError as error:
                 self._actor, self._loaded = None, {}
                 if deaths == MAX_DEATHS:
                     raise SapoError(f"{method}: the coordinator died {deaths} times: {_one_line(error)}") from error
                 self._reporter.warn(f"{method}: the coordinator died ({_one_line(error)}) and is started again")
             except RayError as error:
-                raise SapoError(f"{method}: {type(error).__name__}: {_one_line(error)}") from error
+                raise SapoError(f"{method}: {told(error)}") from error
 
     def _wait(self, answer: Any) -> Any:
         """The coordinator's answer; what it does or waits for, such as nodes for its workers, is shown meanwhile."""

@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.logs import about
 from actors.worker import EngineDeadError, Place, log_tail
-from sapo_ray.errors import SapoError
+from sapo_ray.errors import SapoError, told
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, Load, ScalingConfig, growth, tried_together
 
@@ -69,8 +69,8 @@ class QuarantinedError(SapoError):
 class PoolStats:
     """Counts of workers and requests; `rate` is requests finished per second and busy worker, lately.
 
-    `unplaced` of the `starting` workers wait for a node. `counts`: dead, hung, retries, quarantined, hedged,
-    growths (decisions to grow), grown and shrunk (workers).
+    `unplaced` of the `starting` workers wait for a node. `counts`: dead (hung ones among them), hung,
+    retries, quarantined, hedged, growths (decisions to grow), grown and shrunk (workers).
     """
 
     ready: int
@@ -523,8 +523,7 @@ class ElasticPool(Generic[Request, Result]):
 
     def _error(self, worker: _Worker, method: str, error: Exception) -> WorkerError:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        kind = "" if isinstance(cause, SapoError) else f"{type(cause).__name__}: "
-        return WorkerError(f"{self.name} worker {worker.number}: {method} failed: {kind}{_one_line(cause)}")
+        return WorkerError(f"{self.name} worker {worker.number}: {method} failed: {told(cause)}")
 
     @staticmethod
     def _fail(requests: Iterable[_Waiting[Request, Result]], error: Exception) -> None:

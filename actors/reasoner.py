@@ -20,7 +20,7 @@ from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Samplin
 from sapo_ray.scaling import ScalingConfig
 
 DYING_SECONDS = 15.0
-"""How long commands may fail of an engine that has lost one of its processes, before vLLM says that it is dead."""
+"""How long an engine of several processes that has lost one may fail commands, before vLLM says that it is dead."""
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +104,13 @@ class RolloutWorker(PoolWorker):
     async def _command(self, command: Awaitable[T]) -> T:
         """What a command to the engine comes to. Raises EngineDeadError where it is dead, or dies meanwhile.
 
-        vLLM leaves a command unanswered whose engine has died, and has one fail whose engine is about to.
+        vLLM leaves a command unanswered whose engine has died, and has one fail whose engine is about to: one that is
+        made of several processes has lost one of them, and ends the others before it says that it is dead.
         """
         log, asked = ChildLog(), asyncio.ensure_future(command)
         while not self._engine.errored and not asked.done():
             await asyncio.wait([asked], timeout=1.0)
-        if asked.done() and asked.exception():
+        if asked.done() and asked.exception() and self._engine.vllm_config.parallel_config.world_size > 1:
             until = time.monotonic() + DYING_SECONDS
             while not self._engine.errored and time.monotonic() < until:
                 await asyncio.sleep(0.1)

@@ -37,6 +37,7 @@ METRICS = {
     "sapo_trained_tokens": Metric(Counter, "Tokens trained on, padding not counted"),
     "sapo_retries": Metric(Counter, "Requests asked again after a worker died", ("pool",)),
     "sapo_quarantined": Metric(Counter, "Requests set aside because workers died over them", ("pool",)),
+    "sapo_lost_workers": Metric(Counter, "Workers that died, or hung and were ended", ("pool", "reason")),
     "sapo_scaling_decisions": Metric(Counter, "Decisions to add workers or to end one", ("pool", "direction")),
     "sapo_queue_depth": Metric(Gauge, "Requests that wait for a worker", ("pool",)),
     "sapo_in_flight": Metric(Gauge, "Requests that workers have at hand", ("pool",)),
@@ -80,6 +81,9 @@ class Telemetry:
             stats = pool.stats()
             self._total("sapo_retries", stats.counts.get("retries", 0), pool=pool.name)
             self._total("sapo_quarantined", stats.counts.get("quarantined", 0), pool=pool.name)
+            dead, hung = stats.counts.get("dead", 0), stats.counts.get("hung", 0)
+            self._total("sapo_lost_workers", dead - hung, pool=pool.name, reason="died")
+            self._total("sapo_lost_workers", hung, pool=pool.name, reason="hung")
             self._total("sapo_scaling_decisions", stats.counts.get("growths", 0), pool=pool.name, direction="up")
             self._total("sapo_scaling_decisions", stats.counts.get("shrunk", 0), pool=pool.name, direction="down")
             self.set("sapo_queue_depth", stats.queued, pool=pool.name)

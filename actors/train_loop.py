@@ -1,7 +1,8 @@
 """The training loop: one for every objective. Runs alike on each rank of an initialised torch process group.
 
-A fault that every rank sees is a `JobError`: the job has failed, the workers live on. Anything else (a rank that dies,
-a collective that breaks) is left to whoever started the workers.
+A fault that every rank sees is a `JobError`: the job has failed, the workers live on. A `SapoError` is one that a rank
+has seen alone, such as a full disk: the job has failed, too, and the workers are of no more use. Anything else (a rank
+that dies, a collective that breaks) is left to whoever started the workers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -32,6 +34,7 @@ from transformers import (
 
 from sapo_ray.batching import global_batches, micro_batches
 from sapo_ray.cache import local_checkpoint, local_copy
+from sapo_ray.errors import told
 from sapo_ray.files import Folder, joined, split
 from sapo_ray.lease import HeldFolder
 from sapo_ray.manifest import DamagedError, Files, records_of
@@ -85,7 +88,8 @@ def train(job: TrainJob, device: torch.device, report: Report, stop: Stop) -> Tr
 
     `report` is called on rank 0, about once a second, and before every mid-training checkpoint: a training that goes on
     from there has reported what came before. Where `stop` says so on any rank, all stop after the same update, with a
-    mid-training checkpoint. Raises JobError on every rank for a job that cannot be done or was told to stop.
+    mid-training checkpoint. Raises JobError on every rank for a job that cannot be done or was told to stop, SapoError
+    on one that cannot write its part of a mid-training checkpoint.
     """
     stored = _together(lambda: finished(job, dist.get_world_size()))
     if stored is not None:
@@ -343,10 +347,23 @@ def _engine(model: PreTrainedModel, config: TrainConfig) -> deepspeed.DeepSpeedE
     # Without this, DeepSpeed compiles its shared-memory all-reduce, an operator for inference, when it starts on CPUs.
     deepspeed.ops.__compatible_ops__ = {}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=_deepspeed_config(config))[0]
+    engine.checkpoint_engine = _StateFiles(engine._config)
     if config.zero_stage == 0:
         # In bf16, DeepSpeed has stepped once on zero gradients, which Adam's bias correction would count.
         optimizer.state.clear()
     return engine
+
+
+class _StateFiles(TorchCheckpointEngine):
+    """Writes DeepSpeed's state. Raises OSError where the disk is full, say: else torch and DeepSpeed keep that back."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+        except RuntimeError as error:  # torch's, over a file that it could not finish
+            raise error.__context__ or error from None
 
 
 def _deepspeed_config(config: TrainConfig) -> dict[str, Any]:
@@ -386,7 +403,7 @@ def _together(make: Callable[[], T]) -> T:
         value = make()
     except Exception as exception:
         logger.exception("this rank cannot go on with the job")
-        error = f"{type(exception).__name__}: {exception}"
+        error = told(exception)
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for found in errors:

@@ -278,6 +278,11 @@ def _work(config: dict[str, Any]) -> None:
         except JobError as error:
             outcome = str(error)
             logger.error("%s", outcome)
+        except SapoError as error:
+            # Seen by this rank alone, which leaves the others waiting: the group ends with it, and its successor is not
+            # to try again.
+            ray.get(board.settle.remote(number, str(error)))
+            raise
         if rank == 0:
             ray.get(board.settle.remote(number, outcome))
 

@@ -14,6 +14,9 @@ from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
 from sapo_ray.training import TrainerConfig
 
+_UNLIMITED = sys.maxsize
+"""Nodes of a group that may have any number of them: an integer, since none times infinity would be no number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
@@ -48,7 +51,7 @@ def offered_nodes() -> list[Nodes]:
     nodes += [
         Nodes(
             f"node type {name}",
-            sys.maxsize if group.max_count < 0 else group.max_count,  # Ray's -1 is no limit
+            _UNLIMITED if group.max_count < 0 else group.max_count,  # Ray's -1 is no limit
             {kind: math.inf if amount < 0 else amount for kind, amount in group.resources.items()},
         )
         for name, group in groups.items()
@@ -137,12 +140,19 @@ def _need(demand: Demand) -> str:
 
 
 def _offer(nodes: Sequence[Nodes]) -> str:
-    kinds = (
-        f"{n.name}{f' (up to {n.count})' if n.count != 1 else ''}: "
-        f"{n.resources.get('CPU', 0):g} CPU, {n.resources.get('GPU', 0):g} GPU"
-        for n in nodes
-    )
+    kinds = (f"{n.name}{_limit(n.count)}: {_amount(n, 'CPU')}, {_amount(n, 'GPU')}" for n in nodes)
     return f"the cluster offers {'; '.join(kinds)}"
+
+
+def _limit(count: int) -> str:
+    if count == 1:
+        return ""
+    return " (any number of them)" if count == _UNLIMITED else f" (up to {count})"
+
+
+def _amount(nodes: Nodes, kind: str) -> str:
+    amount = nodes.resources.get(kind, 0.0)
+    return f"any number of {kind}s" if amount == math.inf else f"{amount:g} {kind}"
 
 
 def _terms(demand: Demand, kind: str) -> str:

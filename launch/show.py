@@ -34,6 +34,8 @@ def show(run_directory: str, as_json: bool) -> None:
         raise SapoError(f"{run_directory} has no summary.json: {why}") from error
     except ValueError as error:
         raise SapoError(f"{run_directory}/summary.json cannot be read: {error}") from error
+    if not isinstance(summary, dict) or "rounds" not in summary:
+        raise SapoError(f"{run_directory}/summary.json is no summary of a run: it has no rounds")
     if as_json:
         click.echo(json.dumps(summary))
     else:

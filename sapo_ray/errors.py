@@ -5,3 +5,9 @@ from __future__ import annotations
 
 class SapoError(Exception):
     """Something a person can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+def told(error: BaseException) -> str:
+    """An error in one line: the text of a SapoError, that of any other after its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SapoError) else f"{type(error).__name__}: {text}"

@@ -28,6 +28,8 @@ _CHUNK = 16 * 2**20
 _TRANSFERS = 8
 _SECRET = re.compile(r"key|secret|token|password|credential|signature|^sas$|^sig$", re.IGNORECASE)
 _LOCAL = fs.LocalFileSystem()
+_IN_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers, which are written in Rust, tell of what Python has as an OSError."""
 
 
 class Folder:
@@ -70,7 +72,7 @@ class Folder:
     def write(self, name: str, data: bytes | str) -> None:
         """Write or replace a file in one step. Raises SapoError, naming it, where that cannot be done."""
         content = data.encode() if isinstance(data, str) else data
-        with self._writing(name):
+        with _writing(self.locate(name)):
             if self.path is not None:
                 _replace(self.path / name, content)
             else:
@@ -90,14 +92,16 @@ class Folder:
     def staging(self, name: str) -> Iterator[Path]:
         """A new local directory to prepare what `put` then puts in its place; gone afterwards.
 
-        It lies beside that place, or where that is no local path in the cache (see `cache_folder`).
+        It lies beside that place, or where that is no local path in the cache (see `cache_folder`). Raises SapoError,
+        naming it, where what is to be prepared cannot be written.
         """
         key = hashlib.sha256(self.locate(name).encode()).hexdigest()[:16]
         directory = cache_folder() / "staging" / key if self.path is None else self.path / f"{name}.tmp"
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
         try:
-            yield directory
+            with _writing(str(directory)):
+                directory.mkdir(parents=True)
+                yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -107,7 +111,7 @@ class Folder:
         A local one takes its place in one step. In an object store its files appear one by one, `last` after the rest.
         """
         self.clear(name)
-        with self._writing(name):
+        with _writing(self.locate(name)):
             if self.path is not None:
                 os.rename(source, self.path / name)
                 return
@@ -125,7 +129,7 @@ class Folder:
             else:
                 _copy(str(source / file), self._at(f"{name}/{file}"), _LOCAL, self._files)
 
-        with self._writing(name):
+        with _writing(self.locate(name)):
             _all(one, names)
 
     def fetch(self, names: Iterable[str], target: Path) -> None:
@@ -146,18 +150,11 @@ class Folder:
             self._files.copy_file(self._at(file), place)
 
         self.clear(target)
-        with self._writing(target):
+        with _writing(self.locate(target)):
             _all(one, self.sizes(name))
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
-
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SapoError(f"{self.locate(name)} cannot be written: {reason(error)}") from error
 
 
 def is_uri(location: str | Path) -> bool:
@@ -205,6 +202,19 @@ def reason(error: OSError) -> str:
 def cache_folder() -> Path:
     """Where this node keeps copies of what lies in object stores: `SAPO_CACHE`, by default ~/.cache/sapo."""
     return Path(os.environ.get("SAPO_CACHE") or "~/.cache/sapo").expanduser()
+
+
+@contextmanager
+def _writing(location: str) -> Iterator[None]:
+    """Raises SapoError, naming the location, for what the operating system or an object store says against it."""
+    try:
+        yield
+    except OSError as error:
+        raise SapoError(f"{location} cannot be written: {reason(error)}") from error
+    except Exception as error:
+        if (code := _IN_RUST.search(str(error))) is None or isinstance(error, SapoError):
+            raise
+        raise SapoError(f"{location} cannot be written: {os.strerror(int(code[1]))}") from error
 
 
 @cache

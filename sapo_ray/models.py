@@ -131,11 +131,18 @@ class Calibration:
 
     @staticmethod
     def load(checkpoint: str) -> Calibration | None:
-        """The calibration stored with a checkpoint, or None. Raises DamagedError where it is not what was written."""
+        """The calibration stored with a checkpoint, or None.
+
+        Raises DamagedError where it is not what was written, SapoError where it is none.
+        """
         stored, folder = recorded(checkpoint).get(CALIBRATION_FILE), Folder(checkpoint)
         if stored is None and not folder.has(CALIBRATION_FILE):
             return None
-        return Calibration(**json.loads(stored.read() if stored else folder.read(CALIBRATION_FILE)))
+        content = stored.read() if stored else folder.read(CALIBRATION_FILE)
+        try:
+            return Calibration(**json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise SapoError(f"{folder.locate(CALIBRATION_FILE)} is no calibration: {error}") from error
 
     def text(self) -> str:
         """What is stored."""

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -130,6 +131,7 @@ class TensorBoard:
         self._run, self._away = store.folder, store.folder.path is None
         self._folder = Path(tempfile.mkdtemp(prefix="sapo-")) if self._away else store.path / "tensorboard"
         self._writers: dict[str, Any] = {}
+        threading.excepthook = _unless_kept
 
     def log(self, group: str, step: int, figures: Mapping[str, float]) -> None:
         if group not in self._writers:
@@ -152,6 +154,12 @@ class TensorBoard:
             writer.close()
         if self._away:
             shutil.rmtree(self._folder)
+
+
+def _unless_kept(error: threading.ExceptHookArgs, print_it: Any = threading.excepthook) -> None:
+    """A thread of TensorBoard's keeps the error that ends it for the next call, and need not print it, too."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        print_it(error)
 
 
 class WeightsAndBiases:

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 from pyarrow import fs
 
+from tests.disks import Disk
+
 # A shell without job control has its background jobs ignore SIGINT, by which a lost lease, for one, ends a driver.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -64,6 +66,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A file system of 8 MiB."""
+    disk = Disk(tmp_path / "disk")
+    disk.path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={disk.size}", "tmpfs", str(disk.path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can be mounted by root alone")
+    yield disk
+    subprocess.run(["umount", str(disk.path)], check=True)
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -48,11 +48,14 @@ class Ask:
 
 
 class Echo(PoolWorker):
-    """Answers with the request's id, unless that is the word to die."""
+    """Answers with the request's id, unless that is the word to die. Hangs over a checkpoint of that name."""
 
     def __init__(self, checkpoint: str) -> None: ...
 
     async def ready(self) -> None: ...
+
+    async def load(self, checkpoint: str) -> None:
+        await asyncio.sleep(1000 if checkpoint == "endless" else 0)
 
     async def echo(self, batch: list[Ask]) -> list[str]:
         if any(ask.id == "die" for ask in batch):
@@ -76,7 +79,13 @@ class Process:
         self.pool: ElasticPool[Ask, str] = ElasticPool(
             "test", actor.remote, "echo", config, ScalingConfig(max_kills=2, shrink_after=1)
         )
+        hanging = PoolConfig(cpus_per_worker=0)
+        self.hanging: ElasticPool[Ask, str] = ElasticPool(
+            "hanging", actor.remote, "echo", hanging, ScalingConfig(hang_after=5)
+        )
         self.publishing = asyncio.create_task(self.publish())
+        await self.hanging.load("any")
+        await self.hanging.load("endless")
         await self.pool.load("any")
         with pytest.raises(QuarantinedError):
             await self.pool.submit(Ask("die"))
@@ -95,7 +104,7 @@ class Process:
     async def publish(self) -> None:
         telemetry = Telemetry("local")
         while True:
-            telemetry.pools([self.pool])
+            telemetry.pools([self.pool, self.hanging])
             await asyncio.sleep(1)
 
 
@@ -124,6 +133,8 @@ def test_every_metric_is_exported_under_its_name_with_its_tags(scrape: Callable[
     assert (value("sapo_labels"), value("sapo_rollouts")) == (1, 2)
     assert (value("sapo_prompt_tokens"), value("sapo_cached_tokens"), value("sapo_generated_tokens")) == (3, 4, 11)
     assert (value("sapo_retries", pool="test"), value("sapo_quarantined", pool="test")) == (1, 1)
+    assert value("sapo_lost_workers", pool="test", reason="died") == 2
+    assert value("sapo_lost_workers", pool="hanging", reason="hung") >= 1
     assert value("sapo_scaling_decisions", pool="test", direction="up") >= 1
     assert value("sapo_scaling_decisions", pool="test", direction="down") == 1
     assert {s.labels["state"] for s in samples if s.name == "ray_sapo_workers"} == {"ready", "starting"}

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from sapo_ray.batching import global_batches
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
+from sapo_ray.errors import SapoError
 from sapo_ray.lease import LEASE
 from sapo_ray.manifest import Files
 from sapo_ray.models import ModelConfig, save_random_reasoner
@@ -30,6 +31,7 @@ from sapo_ray.shards import read_rows
 from sapo_ray.store import RunDirectory
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
 from sapo_ray.training import TrainConfig, TrainJob, TrainResult, learning_rate
+from tests.disks import Disk
 
 pytestmark = pytest.mark.engine
 
@@ -245,6 +247,27 @@ def test_a_training_in_an_object_store_goes_on_there(home: Path, tmp_path: Path,
     assert run(asked) == result
     run_directory.finish("sft", {"files": run_directory.trained("checkpoints/reasoner-0", result.files)})
     assert AutoModelForCausalLM.from_pretrained(local_checkpoint(asked.out)).num_parameters() > 0
+
+
+def test_a_training_that_meets_a_full_disk_goes_on_once_there_is_space(home: Path, disk: Disk) -> None:
+    from actors.train_loop import JobError
+
+    out = f"{disk.path}/out"
+
+    def fill(_: int, updates: list[dict[str, float]]) -> None:
+        if updates[-1]["update"] >= 3:
+            disk.fill()
+
+    with pytest.raises(SapoError, match=f"{out}.partial/rank-0.tmp cannot be written: No space left on device$"):
+        run(job(home, Path(out), checkpoint_every=2), fill)
+    assert {path.name for path in Path(f"{out}.partial").iterdir()} == {"update-2", "latest.json"}
+    with pytest.raises(JobError, match=f"^{out}.tmp cannot be written: No space left on device$"):
+        run(job(home, Path(out), checkpoint_every=0))
+    disk.free()
+    result = run(job(home, Path(out), checkpoint_every=2))
+    assert result.resumed_from == 2
+    assert losses(result) == pytest.approx(plain_losses(job(home, Path(out))), abs=1e-5)
+    assert [path.name for path in disk.path.iterdir()] == ["out"]
 
 
 def data(store: RunDirectory, parquet: Path) -> Files:

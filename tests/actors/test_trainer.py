@@ -25,6 +25,7 @@ from sapo_ray.data import PAIRS
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
 from sapo_ray.training import TrainConfig, TrainerConfig, TrainJob, TrainResult
+from tests.disks import Disk
 
 pytestmark = pytest.mark.engine
 
@@ -209,6 +210,17 @@ def test_a_training_that_ctrl_c_ends_is_saved_and_goes_on(home: Path, trainers: 
     assert result.resumed_from == saved["updates"]
     assert [update["update"] for update in told] == list(range(1, 301))
     assert losses(result) == pytest.approx(losses(trainers[2].train(job(home, "never", **lengthy))), abs=1e-5)
+
+
+def test_a_worker_that_cannot_write_ends_the_training_and_no_other_tries_it_again(
+    home: Path, trainers: dict[int, Trainer], disk: Disk
+) -> None:
+    """Each worker learns of it by itself, so that those which wait for it are of no more use."""
+    asked = replace(job(home, "full", checkpoint_every=1), out=f"{disk.path}/full")
+    disk.fill()
+    cause = rf"^{asked.out}: {asked.out}.partial/rank-\d.tmp cannot be written: No space left on device$"
+    with pytest.raises(TrainingError, match=cause):
+        trainers[2].train(asked)
 
 
 def test_a_group_that_crashes_too_often_is_an_error(home: Path, trainers: dict[int, Trainer], tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken.mkdir()
     (broken / "config.yaml").write_text("rounds: many\n")
     (broken / "summary.json").write_text("{")
+    (folder / "odd").mkdir()
+    (folder / "odd" / "summary.json").write_text("{}")
     begun = {"begun": "rounds: 1\n", "tiny": f"extends: {TINY}\n", "driven": f"extends: {TINY}\n"}
     for name, config in begun.items():
         (folder / name).mkdir()
@@ -157,6 +159,7 @@ def test_a_run_that_cannot_be(files: Path, overrides: Sequence[str], message: st
         (["show", "FILES/verifier"], "FILES/verifier has no summary.json: it is no run directory"),
         (["show", "FILES/begun"], "FILES/begun has no summary.json: no round of it has ended yet"),
         (["show", "FILES/broken"], "FILES/broken/summary.json cannot be read: Expecting property name"),
+        (["show", "FILES/odd"], "FILES/odd/summary.json is no summary of a run: it has no rounds"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )

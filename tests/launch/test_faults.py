@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sapo_ray.store import RunDirectory
+from tests.disks import Disk
 from tests.launch.runs import DRIVER, NULL, Running, assert_nothing_is_lost, rows
 
 ROLLOUT, ENGINE, VERIFIER = "ray::RolloutWorker", "VLLM::EngineCore", "ray::VerifierWorker"
@@ -78,6 +80,25 @@ def test_with_null_engines_a_run_that_was_killed_everywhere_is_the_undisturbed_o
     run.kill(DRIVER)
     run.end()
     again = Running(tmp_path / "run", *NULL)
+    assert again.end() == 0, "".join(again.lines)
+    assert_nothing_is_lost(again.store, undisturbed)
+    assert rows(again.store) == rows(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_a_full_disk_says_so_and_goes_on_once_there_is_space(
+    undisturbed: RunDirectory, disk: Disk
+) -> None:
+    for stage in ("round-0/validation", "round-0/sample"):  # it fills while the next is at work, sampling and training
+        run = Running(disk.path / "run", *NULL)
+        run.wait_for_stage(stage)
+        disk.fill()
+        assert run.end() == 2
+        *_, last = run.lines
+        assert re.fullmatch(rf"error: .*{disk.path}/run/\S+ cannot be written: No space left on device\n", last)
+        assert [line for line in run.lines if "died" in line or "lost" in line or "Traceback" in line] == []
+        disk.free()
+    again = Running(disk.path / "run", *NULL)
     assert again.end() == 0, "".join(again.lines)
     assert_nothing_is_lost(again.store, undisturbed)
     assert rows(again.store) == rows(undisturbed)

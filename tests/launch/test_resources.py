@@ -38,7 +38,13 @@ def test_what_has_no_limit_holds_everything(monkeypatch: pytest.MonkeyPatch) -> 
         ray._private.state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group])
     )
     monkeypatch.setattr(ray, "nodes", list)
-    check_fits(replace(CONFIG, engine=replace(CONFIG.engine, workers=1000)), offered_nodes())
+    nodes = offered_nodes()
+    check_fits(replace(CONFIG, engine=replace(CONFIG.engine, workers=1000)), nodes)
+    with pytest.raises(SapoError) as caught:
+        check_fits(replace(CONFIG, engine=replace(CONFIG.engine, cpus_per_worker=32)), [HEAD, *nodes])
+    assert str(caught.value).endswith(
+        "the cluster offers head: 4 CPU, 0 GPU; node type any (any number of them): 16 CPU, any number of GPUs"
+    )
 
 
 def test_a_worker_that_no_node_can_hold_is_named_with_what_is_offered() -> None:

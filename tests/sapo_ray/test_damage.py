@@ -211,6 +211,13 @@ def test_a_damaged_manifest_is_named(run: RunDirectory) -> None:
     assert here(run, str(error.value)).startswith("RUN/manifest.json is damaged: ")
 
 
+@pytest.mark.parametrize("content", ["{", '{"threshold": 0.5, "other": 1}', "[]"])
+def test_a_file_that_is_no_calibration_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "calibration.json").write_text(content)
+    with pytest.raises(SapoError, match=f"{tmp_path}/calibration.json is no calibration: "):
+        Calibration.load(str(tmp_path))
+
+
 def test_a_calibration_is_held_against_the_manifest(run: RunDirectory) -> None:
     name, calibration = "checkpoints/reasoner-0/calibration.json", Calibration(0.5, 0.25)
     assert Calibration.load(run.checkpoint("reasoner", 0)) is None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder, absolute, joined, relative, split
+from sapo_ray.models import character_tokenizer
+from tests.disks import Disk
 
 URI = "s3://bucket/runs/a?endpoint_override=127.0.0.1:9000&scheme=http"
 
@@ -116,23 +117,44 @@ def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
     assert folder.path == tmp_path / "run"
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system can be mounted by root alone")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
-def test_a_full_disk_leaves_what_was_there_and_no_half_file(tiny_disk: Path) -> None:
-    folder = Folder(tiny_disk / "run")
+def test_a_full_disk_leaves_what_was_there_and_no_half_file(disk: Disk) -> None:
+    folder = Folder(disk.path / "run")
     folder.write("manifest.json", "{}")
     for name in ("manifest.json", "round-0/labels/part-00000.parquet"):
         with pytest.raises(SapoError, match=f"{folder.locate(name)} cannot be written: No space left on device"):
-            folder.write(name, b"x" * 2**20)
+            folder.write(name, bytes(disk.size))
     assert folder.sizes() == {"manifest.json": 2}
     assert folder.read("manifest.json") == b"{}"
+
+
+def test_a_full_disk_is_named_whatever_library_meets_it(disk: Disk) -> None:
+    """Those in Rust raise errors of their own, none of which names a file."""
+    folder, tokenizer = Folder(disk.path / "run"), character_tokenizer("0123456789", 64)
+
+    def weights(directory: Path) -> None:
+        save_file({"weight": torch.zeros(disk.size // 4)}, directory / "model.safetensors")
+
+    def vocabulary(directory: Path) -> None:
+        disk.fill()
+        tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+
+    def text(directory: Path) -> None:
+        (directory / "config.json").write_text("{}")
+
+    for prepare in (weights, vocabulary, text):
+        with (
+            pytest.raises(SapoError, match=f"{disk.path}/run/model.tmp cannot be written: No space left on device$"),
+            folder.staging("model") as directory,
+        ):
+            prepare(directory)
+        assert folder.sizes() == {}
+    disk.free()
+    with folder.staging("model") as directory:
+        (directory / "config.json").write_text("{}")
+        folder.put(directory, "model")
+    assert folder.sizes() == {"model/config.json": 2}
+
+
+def test_an_error_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such layer"), Folder(tmp_path).staging("model"):
+        raise ValueError("no such layer")

@@ -22,6 +22,7 @@ from sapo_ray.lease import LEASE, HeldFolder, LostLeaseError
 from sapo_ray.manifest import check_files
 from sapo_ray.shards import Kind, StageWriter, read_rows
 from sapo_ray.store import rollout_row, trajectory_row
+from tests.disks import Disk
 
 STAGE, RECORD = "round-1/sample", "round-1/sample.progress.json"
 KINDS: tuple[Kind, ...] = ("trajectories", "rollouts")
@@ -155,6 +156,29 @@ def test_a_stage_whose_run_has_another_driver_by_now_writes_no_more(tmp_path: Pa
         asyncio.run(overtaken())
     assert json.loads(folder.read(RECORD))["items"] == 1
     assert len(contents(folder)) == 2
+
+
+def test_a_stage_that_meets_a_full_disk_goes_on_once_there_is_space(disk: Disk, tmp_path: Path) -> None:
+    items = [(2, 1)] * 6
+    expected = asyncio.run(work(Folder(tmp_path / "undisturbed"), items, 2))
+    folder = Folder(disk.path / "run")
+    with pytest.raises(SapoError, match="the engine died"):
+        asyncio.run(work(folder, items, 2, stop=3))
+    disk.fill()
+    shard = r"round-1/(trajectories|rollouts)/part-0000\d.parquet"
+    for _ in range(2):
+        with pytest.raises(SapoError, match=f"{disk.path}/run/{shard} cannot be written: No space left on device$"):
+            asyncio.run(work(folder, items, 2))
+        assert json.loads(folder.read(RECORD))["items"] == 3
+        check_files(folder, json.loads(folder.read(RECORD))["files"])
+    disk.free()
+    notes = asyncio.run(work(folder, items, 2))
+    assert {**notes, "files": None} == {**expected, "files": None}
+    assert folder.sizes().keys() == {*notes["files"], RECORD}
+    for kind in KINDS:
+        assert list(read_rows(folder.locate(f"round-1/{kind}"))) == list(
+            read_rows(tmp_path / "undisturbed" / "round-1" / kind)
+        )
 
 
 def test_only_the_columns_asked_for_are_read(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.store import RunDirectory
 from sapo_ray.tracking import Tracking, check_installed
+from tests.disks import Disk
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 NOTES = {"test": {"n": 20, "greedy_accuracy": 0.5, "ci95": [0.3, 0.7]}, "verifier": None, "loss": 1.0, "seconds": 9.0}
@@ -68,6 +69,22 @@ def test_a_training_that_is_done_again_shows_every_update_once(
     tracked(store, "tensorboard", first=first, loss=7.0)
     found = scalars(store.path / "tensorboard" / "round-1" / "align")["align/loss"]
     assert found == [*kept, *((step, 7.0) for step in range(first, 4))]
+
+
+def test_tensorboard_on_a_full_disk_is_let_go_with_one_warning(disk: Disk, capfd: pytest.CaptureFixture[str]) -> None:
+    warnings: list[str] = []
+    store = RunDirectory(disk.path / "run")
+    store.create()
+    tracker = Tracking(RunConfig(tracking="tensorboard"), store, warnings.append)
+    tracker.open()
+    tracker.updates("round-1/align", updates(1, 3))
+    disk.fill()
+    tracker.updates("round-1/align", updates(4, 400))
+    tracker.stage("round-1/evaluate", NOTES)
+    tracker.close(finished=True)
+    (warning,) = warnings
+    assert warning.startswith("tracking by tensorboard ends here: [Errno 28] No space left on device; metrics.jsonl")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_in_an_object_store_the_files_are_there_once_a_stage_has_ended(s3: str, tmp_path: Path) -> None:
