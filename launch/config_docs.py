@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import MISSING
 
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import Key, describe, section_docs
@@ -79,9 +80,12 @@ def _grouped() -> dict[tuple[str, str], list[Key]]:
 
 
 def _row(key: Key) -> str:
-    default = key.default if isinstance(key.default, str) else json.dumps(key.default)
+    if key.default is MISSING:
+        default = "none"
+    else:
+        default = f"`{key.default if isinstance(key.default, str) else json.dumps(key.default)}`"
     name = f"`{key.name.rpartition('.')[2]}`" + (" *" if key.changeable else "")
-    cells = (name, key.type, f"`{default}`", " ".join(key.doc.split()))
+    cells = (name, key.type, default, " ".join(key.doc.split()))
     return f"| {' | '.join(cells)} |"
 
 

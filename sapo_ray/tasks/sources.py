@@ -119,8 +119,8 @@ def _from_hub(source: SourceConfig) -> Iterator[Record]:
     except Exception as error:  # of the library, of what it reads, and of the network
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise SapoError(
-            f"the data set {name} cannot be loaded, neither from the hub nor from the cache: {what}; its files may also "
-            "be given as `path`"
+            f"the data set {name} cannot be loaded, neither from the hub nor from the cache: {what}; its files may "
+            "also be given as `path`"
         ) from error
     yield from (_record(f"{name}/{source.split}, record {number}", row) for number, row in enumerate(rows, 1))
 
