@@ -321,7 +321,7 @@ def _type_name(hint: object) -> str:
         return " or ".join(_type_name(t) for t in alternatives)
     if hint is type(None):
         return "null"
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _escape(value: Any) -> Any:

@@ -22,7 +22,8 @@ MAX_LENGTH = 400
 
 _HASHES = re.compile(r"^[^\S\n]*####[^\S\n]*(\S.*?)[^\S\n]*$", re.MULTILINE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
-_UNIT = re.compile(r"\s*(?<!^)\\(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}(\^(?:\{?\d\}?))?$")
+_UNIT = re.compile(r"\s*(?<!^)\\(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}(\^(?:\{?\d\}?))?$|(?<=\d)_\{?(\d+)\}?$")
+"""What stands behind a value: a unit, or the base that a number is written in."""
 _NUMBER = re.compile(
     r"""(?P<sign>[-+−]?)\s*(?:\\?[$€£])?\s*(?P<sign2>[-+−]?)
         (?:(?P<whole>\d+)[ ]+(?=\d+/))?                    # 1 1/2
@@ -38,7 +39,7 @@ _NO_UNIT = re.compile(
 )
 """Words that change a number or stand between two."""
 _WORDS = re.compile(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")
-_SPACING = re.compile(r"\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])|~|\{,\}(?=\d{3})")
+_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])|~|\{,\}(?=\d{3})")
 
 
 def read_answer(text: str, convention: Convention) -> str | None:
@@ -79,7 +80,8 @@ def same_answer(answer: str, gold: str) -> bool:
     """Whether two answers mean the same.
 
     Equal texts do, words whatever their case, and plain numbers by their exact values: commas and a currency sign do
-    not count, and 50% is 50 and 0.5 alike. All else is math-verify's to say. A unit counts only where both state one.
+    not count, and 50% is 50 and 0.5 alike. All else is math-verify's to say. A unit, or a number's base, counts only
+    where both state one.
     """
     if len(answer) > MAX_LENGTH:
         return False
@@ -142,7 +144,7 @@ def _cleaned(text: str) -> str:
 
 def _without_unit(text: str) -> tuple[str, str]:
     found = _UNIT.search(text)
-    return (text[: found.start()], _unit(found[1]) + (found[2] or "")) if found else (text, "")
+    return (text[: found.start()], "".join(map(_unit, found.groups(default="")))) if found else (text, "")
 
 
 def _unit(text: str) -> str:
