@@ -220,8 +220,10 @@ class _Merge:
         return ": ".join(filter(None, (self._source(section), section, message)))
 
     def _source(self, key: str) -> str:
-        """Who set `key` or a part of it; else who last set anything beside it; else the config file."""
-        for scope in (key, key.rpartition(".")[0]):
+        """Who set `key` or a part of it; else who last set anything in the sections around it; else the config file."""
+        parts = key.split(".")
+        around = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+        for scope in (key, *(around or [""])):
             setters = [s for k, s in self.sources.items() if not scope or k == scope or k.startswith(f"{scope}.")]
             if setters:
                 return setters[-1]
