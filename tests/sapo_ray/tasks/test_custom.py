@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,38 +11,19 @@ import pytest
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.errors import SapoError
-from sapo_ray.tasks import CustomConfig, make_task
+from sapo_ray.tasks import SPLITS, CustomConfig, MathConfig, make_task
 
-CODE = """
-from sapo_ray.data import Question
-from sapo_ray.tasks import Task
+PAGE = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 
-class Parity(Task):
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def questions(self, split):
-        return [Question(f"{split}-{i}", str(i), "even" if i % 2 == 0 else "odd") for i in range(self.size)]
-
-    def prompt(self, question):
-        return question
-
-    def split(self, text):
-        return tuple(text.splitlines(keepends=True))
-
-    def answer(self, steps):
-        return steps[-1].strip() if steps else None
-
-    def is_correct(self, answer, gold):
-        return answer == gold
-"""
+def example(language: str) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)[0]
 
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an installation leaves behind: a module, and metadata beside it that name the entry point."""
-    (tmp_path / "parity_task.py").write_text(CODE)
+    """What an installation of docs/tasks.md's example leaves behind: a module, and metadata with the entry point."""
+    (tmp_path / "parity_task.py").write_text(example("python"))
     metadata = tmp_path / "parity_task-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: parity-task\nVersion: 1.0\n")
@@ -53,10 +35,23 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_a_registered_class_is_a_task(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("task: {kind: custom, name: parity, options: {size: 3}}\nmodel: {path: m}\n")
+    (tmp_path / "mine.yaml").write_text(re.findall("`(task: .*)`", PAGE)[0] + "\nmodel: {path: m}\n")
     task = make_task(load_config(RunConfig, tmp_path / "mine.yaml").task)
-    assert [q.answer for q in task.questions("pool")] == ["even", "odd", "even"]
-    assert (task.alphabet, task.remarks(), task.oracle(task.questions("pool")[0], ["even"])) == (None, (), None)
+    for split in SPLITS:
+        questions = task.questions(split)
+        assert len(questions) == 200
+        assert all(task.is_correct(task.answer(q.solution), q.answer) for q in questions)
+        assert all(task.split("".join(q.solution)) == q.solution for q in questions)
+    assert (task.alphabet, task.remarks(), task.oracle(questions[0], ["yes"])) == (None, (), None)
+
+
+def test_the_page_shows_both_ways_in_under_40_lines(tmp_path: Path) -> None:
+    shown = example("yaml") + example("python")
+    assert shown.count("\n") < 40
+    (tmp_path / "mine.yaml").write_text(example("yaml"))
+    task = load_config(RunConfig, tmp_path / "mine.yaml").task
+    assert isinstance(task, MathConfig)
+    assert task.train_data.question == "problem"
 
 
 @pytest.mark.usefixtures("installed")
