@@ -9,8 +9,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from pyarrow import parquet
 
 from sapo_ray.encoding import Chat
@@ -186,6 +188,25 @@ def test_offline_the_network_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(SapoError, match=r"nobody/nothing-at-all cannot be loaded.*`path`") as caught:
         task.questions("test")
     assert "a connection was tried" not in str(caught.value)
+
+
+def test_offline_a_hub_data_set_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache as the library leaves it behind: a file of Arrow data and a description."""
+    place = tmp_path / "somebody___sums" / "main" / "0.0.0" / "abc123"
+    place.mkdir(parents=True)
+    rows = [{"question": row["question"], "answer": str(row["answer"])} for row in ROWS]
+    features = datasets.Dataset.from_list(rows).features
+    writer = ArrowWriter(path=str(place / "sums-train.arrow"), features=features)
+    for row in rows:
+        writer.write(row)
+    count, size = writer.finalize()
+    split = {"name": "train", "num_bytes": size, "num_examples": count, "dataset_name": "sums"}
+    datasets.DatasetInfo(
+        features=features, dataset_name="sums", config_name="main", version="0.0.0", splits={"train": split}
+    ).write_to_directory(str(place))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    source = SourceConfig(hub="somebody/sums", subset="main")
+    assert len(Math(MathConfig(train_data=source, worked=0, validation=0, test=5)).questions("pool")) == 35
 
 
 def test_prompts_are_filled_templates(tmp_path: Path) -> None:
