@@ -33,6 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["sapo_ray*", "actors*", "launch*"]),
+    package_data={"sapo_ray": ["prompts/*.jinja"]},
     data_files=[("share/sapo_ray", ["requirements.lock"]), *files("configs"), *files("cluster")],
     entry_points={"console_scripts": ["sapo = launch.cli:main"]},
     install_requires=pinned(
@@ -53,6 +54,8 @@ setup(
         "packaging",
         "scikit-learn",
         "math-verify",
+        "jinja2",
+        "datasets",
         "tensorboard",
         "rich",
         "click",

@@ -21,7 +21,7 @@ from sapo_ray.data import Question
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
 from sapo_ray.requests import Completion, GenerateRequest, ScoreRequest, thread_environment
-from sapo_ray.tasks import Chain
+from sapo_ray.tasks import Chain, ChainConfig
 
 _MISJUDGED = 0.1
 """Share of the right steps that a null verifier scores at random, too."""
@@ -31,6 +31,7 @@ class NullWorker(PoolWorker):
     """What both have in common: the task, the tokenizer of a checkpoint, and simulated work."""
 
     def __init__(self, config: RunConfig, checkpoint: str) -> None:
+        assert isinstance(config.task, ChainConfig)  # as the config's checks have it
         self._task, self._simulation, self._checkpoint = Chain(config.task), config.simulation, checkpoint
 
     def ready(self) -> None:

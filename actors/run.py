@@ -64,6 +64,7 @@ class Run:
 
         def write() -> Notes:
             with folder.staging(name) as directory:
+                assert self._task.alphabet is not None  # or there would be a path
                 save_random_reasoner(self.config.model, self._task.alphabet, self.config.seed, directory)
                 return {"files": self._store.put(directory, name)}
 

@@ -46,8 +46,7 @@ from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import EngineConfig, SimulationConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
 from sapo_ray.store import RunDirectory
-from sapo_ray.tasks import make_task
-from sapo_ray.tasks.chain import ChainConfig
+from sapo_ray.tasks.chain import VOCABULARY, ChainConfig
 
 PROCESSES = 7  # and one of verifiers
 SEQUENCES = 64
@@ -178,7 +177,7 @@ def running(config: RunConfig) -> Iterator[Any]:
     """A coordinator with its pools, models loaded."""
     with ray_session(config), tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
-        save_random_reasoner(MODEL, make_task(config.task).alphabet, config.seed, model)
+        save_random_reasoner(MODEL, VOCABULARY, config.seed, model)
         store = RunDirectory(Path(folder, "run"))
         store.create()
         coordinator: Any = ray.remote(num_cpus=0)(Measured).remote(config, store.location)

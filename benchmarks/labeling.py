@@ -33,7 +33,7 @@ from sapo_ray.evaluator import true_labels
 from sapo_ray.labelers.base import LabelerName
 from sapo_ray.metrics import label_accuracy
 from sapo_ray.progress import Reporter
-from sapo_ray.tasks import Chain
+from sapo_ray.tasks import Chain, ChainConfig
 
 CONFIG = Path(__file__).parents[1] / "configs" / "labeling.yaml"
 LENGTHS = (5, 8, 12)
@@ -89,6 +89,7 @@ def _compare(
 
 def _task_of_length(settings: RunConfig, length: int, count: int) -> Any:
     """Questions of one length, by another seed than those the models were trained on."""
+    assert isinstance(settings.task, ChainConfig)
     return replace(
         settings.task,
         min_steps=length,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
+import re
+from dataclasses import MISSING
 
 from sapo_ray.config import RunConfig
-from sapo_ray.config_loader import Key, describe, field_docs
+from sapo_ray.config_loader import Key, describe, section_docs
 
 _INTRODUCTION = """\
 # Config keys
@@ -40,6 +41,8 @@ error: command line: sft.epochs is 'many'; it must be int
 error: my.yaml: pairs.eta is 2.0; scores lie in 0 … 1, so it must lie between -1 and 1
 ```
 
+The keys of `task` depend on `task.kind`. A file that names another kind than the one it extends begins `task` anew.
+
 Keys below stand without the name of their section: `samples` under *sampling* is `sampling.samples`.
 
 A run that goes on must have the config it was begun with. Keys marked * may differ: they say how fast and where it
@@ -48,25 +51,41 @@ works, not what comes of it. Samples of an engine that depend on what shares a b
 
 def config_docs() -> str:
     """The text of docs/config.md. A section that repeats the keys of an earlier one lists only those it adds."""
-    meanings = field_docs(RunConfig)
+    meanings = section_docs(RunConfig)
     parts, tables = [_INTRODUCTION], dict[str, list[str]]()
-    for section, keys in groupby(describe(RunConfig), lambda key: key.name.rpartition(".")[0]):
+    for (section, kind), keys in _grouped().items():
         rows = [_row(key) for key in keys]
         base = next((name for name, earlier in tables.items() if set(earlier) <= set(rows)), None)
-        tables[section] = rows
-        parts += [f"## {section}", meanings[section]] if section else ["## The run"]
+        heading = f"{section}, kind {kind}" if kind else section
+        tables[heading] = rows
+        parts += [f"## {heading}", meanings[section, kind]] if section else ["## The run"]
         if base is not None:
             rows = [row for row in rows if row not in tables[base]]
-            parts.append(f"The keys of [{base}](#{base}){', and:' if rows else '.'}")
+            anchor = re.sub(r"[^\w -]", "", base).replace(" ", "-")
+            parts.append(f"The keys of [{base}](#{anchor}){', and:' if rows else '.'}")
         if rows:
             parts.append("\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
+def _grouped() -> dict[tuple[str, str], list[Key]]:
+    """The keys of every section and kind, a section before those in it."""
+    groups: dict[tuple[str, str], list[Key]] = {}
+    for key in describe(RunConfig):
+        section = key.name.rpartition(".")[0]
+        if "." in section:
+            groups.setdefault((section.rpartition(".")[0], key.kind), [])
+        groups.setdefault((section, key.kind), []).append(key)
+    return groups
+
+
 def _row(key: Key) -> str:
-    default = key.default if isinstance(key.default, str) else json.dumps(key.default)
+    if key.default is MISSING:
+        default = "none"
+    else:
+        default = f"`{key.default if isinstance(key.default, str) else json.dumps(key.default)}`"
     name = f"`{key.name.rpartition('.')[2]}`" + (" *" if key.changeable else "")
-    cells = (name, key.type, f"`{default}`", " ".join(key.doc.split()))
+    cells = (name, key.type, default, " ".join(key.doc.split()))
     return f"| {' | '.join(cells)} |"
 
 

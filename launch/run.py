@@ -78,7 +78,7 @@ def complete(config: str, overrides: Sequence[str], redo: str | None = None) -> 
         with lease, ConsoleReporter() as reporter:
             if redo:
                 store.forget(redo)
-            for what in store.check():
+            for what in (*task.remarks(), *store.check()):
                 reporter.warn(what)
             store.folder.write("config.yaml", to_yaml(settings))
             with Run(settings, store, reporter) as stages:

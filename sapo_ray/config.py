@@ -17,7 +17,7 @@ from sapo_ray.pairs import PairsConfig
 from sapo_ray.requests import EngineConfig, SimulationConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
 from sapo_ray.scaling import ScalingConfig
-from sapo_ray.tasks.chain import ChainConfig
+from sapo_ray.tasks import ChainConfig, CustomConfig, MathConfig
 from sapo_ray.training import TrainConfig, TrainerConfig
 
 
@@ -74,10 +74,10 @@ class RunConfig:
     nowhere. The environment says the rest, such as WANDB_API_KEY and MLFLOW_TRACKING_URI."""
     initial_labeler: Literal["omega", "shepherd", "outcome"] = "omega"
     """Who labels round 0, when there is no verifier yet."""
-    task: ChainConfig = field(default_factory=ChainConfig)
-    """The problems: `chain`, arithmetic made on the spot."""
+    task: ChainConfig | MathConfig | CustomConfig = field(default_factory=ChainConfig)
+    """The problems. `task.kind` says which, and so which keys there are."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The base model M of a task that brings its own alphabet: a Qwen2 with random weights."""
+    """The base model M: a checkpoint, or, of a task that brings its own alphabet, a Qwen2 with random weights."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the reasoner samples solutions."""
     labeling: LabelingConfig = field(default_factory=LabelingConfig)
@@ -111,7 +111,10 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2^63 - 1")
         for split in ("worked", "pool"):
-            if not getattr(self.task, split):
+            if getattr(self.task, split, None) == 0:
                 raise ValueError(f"task.{split} is 0; there would be nothing to learn from")
+        for pool in ("engine", "verifier"):
+            if getattr(self, pool).kind is None and not isinstance(self.task, ChainConfig):
+                raise ValueError(f"{pool}.kind is null; workers without a model solve the task chain alone")
         if not (self.verify or self.pairs.require_outcome):
             raise ValueError("pairs.require_outcome is false; without `verify` there is nothing else to pair by")

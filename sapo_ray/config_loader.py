@@ -3,6 +3,10 @@
 A dataclass's fields are the keys; a field that is itself a dataclass is a section. A YAML file may name another one to
 start from (`extends: base.yaml`, relative to itself). Later sources win: base file, file, overrides in order. Mappings
 are merged, lists replaced. `${…}` interpolates, as in OmegaConf.
+
+A section of the schema itself may be one of several dataclasses, `task: ChainConfig | MathConfig`, each with a field
+`kind: Literal["chain"] = "chain"` by which a source chooses. A source that chooses another kind than those before it
+begins the section anew.
 """
 
 from __future__ import annotations
@@ -36,13 +40,17 @@ class ConfigError(SapoError):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a schema. `default` is `dataclasses.MISSING` where a value must be given; `doc` may be empty."""
+    """One key of a schema. `default` is `dataclasses.MISSING` where a value must be given; `doc` may be empty.
+
+    `kind` names the one among a section's dataclasses that the key belongs to; it is empty where there is no choice.
+    """
 
     name: str
     type: str
     default: object
     doc: str
     changeable: bool = False
+    kind: str = ""
 
 
 def changeable(default: T) -> T:
@@ -64,12 +72,12 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
     merge = _Merge(schema, str(path))
     for source, values in _file_layers(str(path), ()):
         merge.add(source, values)
-    for override in overrides:
-        merge.add("command line", _parse_override(override))
+    # A kind first: what is given before it on the same command line is meant for it, too.
+    for values in sorted(map(_parse_override, overrides), key=lambda values: not next(iter(values)).endswith(".kind")):
+        merge.add("command line", values)
     merge.check()
     config = OmegaConf.to_object(merge.config)
-    assert isinstance(config, schema)
-    return config
+    return schema(**vars(config))
 
 
 def config_files(path: str | Path) -> list[str]:
@@ -85,16 +93,27 @@ def to_yaml(config: object) -> str:
 
 
 def describe(schema: type) -> Iterator[Key]:
-    """Every key of a schema but the sections, depth first and in the order of the source."""
+    """Every key of a schema but the sections, depth first and in the order of the source; of all kinds of a section."""
     hints, docs = get_type_hints(schema), field_docs(schema)
     for entry in fields(schema):
-        section = _section(hints[entry.name])
-        if section is not None:
-            yield from (replace(key, name=f"{entry.name}.{key.name}") for key in describe(section))
+        sections = _sections(hints[entry.name])
+        for kind, section in sections.items():
+            yield from (replace(key, name=f"{entry.name}.{key.name}", kind=kind) for key in describe(section))
+        if sections:
             continue
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         changes = entry.metadata.get("changeable", False)
         yield Key(entry.name, _type_name(hints[entry.name]), default, docs.get(entry.name, ""), changes)
+
+
+def section_docs(schema: type) -> dict[tuple[str, str], str]:
+    """What stands under each section's field, by the section's dotted name and its kind; and each kind's docstring."""
+    docs: dict[tuple[str, str], str] = {}
+    for name, hint in get_type_hints(schema).items():
+        for kind, section in _sections(hint).items():
+            docs[name, kind] = inspect.cleandoc(section.__doc__ or "") if kind else field_docs(schema)[name]
+            docs |= {(f"{name}.{inner}", kind): doc for (inner, _), doc in section_docs(section).items()}
+    return docs
 
 
 def field_docs(schema: type) -> dict[str, str]:
@@ -114,17 +133,32 @@ class _Merge:
     """A config on its way: the values merged so far, and which source set each key last."""
 
     def __init__(self, schema: type, path: str) -> None:
-        self.schema = schema
+        hints = get_type_hints(schema)
+        self.unions = {name: kinds for name, hint in hints.items() if (kinds := _kinds(hint))}
         self.path = path
-        self.config: DictConfig = OmegaConf.structured(schema)
+        self.config: DictConfig = OmegaConf.structured(_opened(schema, self.unions))
+        self.hints = hints | {name: OmegaConf.get_type(self.config[name]) for name in self.unions}
         self.sources: dict[str, str] = {}
 
     def add(self, source: str, values: Mapping[str, Any]) -> None:
         """Set every value of `values`, whose keys may be nested or dotted."""
-        self._add_section(source, values, self.schema, "")
+        for name in self.unions:
+            self._choose(source, name, values)
+        self._add_section(source, values, self.hints, "")
 
-    def _add_section(self, source: str, values: Mapping[str, Any], schema: type, prefix: str) -> None:
-        hints = get_type_hints(schema)
+    def _choose(self, source: str, name: str, values: Mapping[str, Any]) -> None:
+        """Begin a section anew where `values` name another kind than it has."""
+        section, key = values.get(name), f"{name}.kind"
+        kind = values.get(key, section.get("kind") if isinstance(section, Mapping) else None)
+        if kind is None or kind == self.config[name].kind:
+            return
+        if kind not in list(self.unions[name]):  # any value, also one that has no hash
+            raise ConfigError(f"{source}: {key} is {kind!r}; it must be one of {', '.join(self.unions[name])}")
+        self.hints[name] = self.unions[name][kind]
+        OmegaConf.update(self.config, name, OmegaConf.structured(self.hints[name]), merge=False)
+        self.sources = {k: s for k, s in self.sources.items() if not k.startswith(f"{name}.")}
+
+    def _add_section(self, source: str, values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str) -> None:
         for name, value in values.items():
             first, dot, rest = str(name).partition(".")
             key, given = prefix + first, {rest: value} if dot else value
@@ -136,7 +170,7 @@ class _Merge:
             elif isinstance(given, Mapping):
                 if OmegaConf.select(self.config, key) is None:
                     OmegaConf.update(self.config, key, OmegaConf.structured(section))
-                self._add_section(source, given, section, f"{key}.")
+                self._add_section(source, given, get_type_hints(section), f"{key}.")
             else:
                 keys = ", ".join(get_type_hints(section))
                 raise ConfigError(f"{source}: {key} is {given!r}; it must be a section with keys among {keys}")
@@ -150,17 +184,21 @@ class _Merge:
         self.sources[key] = source
 
     def _suggest(self, name: str, prefix: str, siblings: Iterable[str]) -> str:
-        """The nearest key of the same section, else the nearest of any section, else the keys of this section."""
+        """The kind that has the key, the nearest key of the same section or of any section, or this section's keys."""
+        section = prefix.removesuffix(".")
+        others = [kind for kind, other in self.unions.get(section, {}).items() if name in get_type_hints(other)]
+        if others:
+            return f"{section}.kind is {self.config[section].kind}, and {name} belongs to {' and '.join(others)}"
         near = [prefix + sibling for sibling in difflib.get_close_matches(name, siblings, n=1)]
         if not near:
-            keys = list(_keys(self.schema))
+            keys = list(_keys(self.hints))
             close = difflib.get_close_matches(name, [_last(key) for key in keys], n=1, cutoff=0.8)
             near = [key for key in keys if _last(key) in close]
         return f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(siblings)}"
 
     def check(self) -> None:
         """Make every section, the innermost first, so that the error of a section is laid at its door."""
-        for section in (*reversed([key for key, inner in _keys(self.schema).items() if inner]), ""):
+        for section in (*reversed([key for key, inner in _keys(self.hints).items() if inner]), ""):
             node = OmegaConf.select(self.config, section) if section else self.config
             try:
                 if node is not None:
@@ -177,13 +215,15 @@ class _Merge:
         """A ValueError's message with its source and, if it begins with the name of a key, that key's dotted name."""
         name, _, rest = message.partition(" ")
         for key in (f"{section}.{name}".lstrip("."), name):
-            if key in _keys(self.schema):
+            if key in _keys(self.hints):
                 return f"{self._source(key)}: {key} {rest}"
         return ": ".join(filter(None, (self._source(section), section, message)))
 
     def _source(self, key: str) -> str:
-        """Who set `key` or a part of it; else who last set anything beside it; else the config file."""
-        for scope in (key, key.rpartition(".")[0]):
+        """Who set `key` or a part of it; else who last set anything in the sections around it; else the config file."""
+        parts = key.split(".")
+        around = [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+        for scope in (key, *(around or [""])):
             setters = [s for k, s in self.sources.items() if not scope or k == scope or k.startswith(f"{scope}.")]
             if setters:
                 return setters[-1]
@@ -241,13 +281,33 @@ def _alternatives(hint: object) -> tuple[object, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
 
 
-def _keys(schema: type) -> dict[str, type | None]:
+def _sections(hint: object) -> dict[str, type]:
+    """The dataclasses that a field of this type may hold, by their kinds; one without a choice by the empty name."""
+    section = _section(hint)
+    return _kinds(hint) or ({} if section is None else {"": section})
+
+
+def _kinds(hint: object) -> dict[str, type]:
+    """The dataclasses of a union of them by their kinds; empty for any other type."""
+    sections = [t for t in _alternatives(hint) if isinstance(t, type) and is_dataclass(t)]
+    return {get_args(get_type_hints(t)["kind"])[0]: t for t in sections} if len(sections) > 1 else {}
+
+
+def _opened(schema: type, unions: Mapping[str, Any]) -> type:
+    """`schema` with fields of type Any in place of unions of dataclasses, which OmegaConf does not know."""
+    chosen = [entry for entry in fields(schema) if entry.name in unions]
+    opened: dict[str, Any] = {e.name: field(default_factory=e.default_factory) for e in chosen}
+    opened["__annotations__"] = dict.fromkeys(opened, Any)
+    return dataclass(kw_only=True)(type(schema.__name__, (schema,), opened))
+
+
+def _keys(hints: Mapping[str, Any]) -> dict[str, type | None]:
     """The dotted name of every key and section, a section before its keys; and the dataclass of a section."""
     keys: dict[str, type | None] = {}
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in hints.items():
         keys[name] = section = _section(hint)
         if section is not None:
-            keys |= {f"{name}.{inner}": t for inner, t in _keys(section).items()}
+            keys |= {f"{name}.{inner}": t for inner, t in _keys(get_type_hints(section)).items()}
     return keys
 
 
@@ -263,7 +323,7 @@ def _type_name(hint: object) -> str:
         return " or ".join(_type_name(t) for t in alternatives)
     if hint is type(None):
         return "null"
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _escape(value: Any) -> Any:

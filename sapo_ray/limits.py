@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sapo_ray.config import RunConfig
+from sapo_ray.data import Question
+from sapo_ray.encoding import encode_prompt
 from sapo_ray.errors import SapoError
 from sapo_ray.tasks.base import SPLITS, Split, Task
 
@@ -51,20 +53,19 @@ class _Lengths:
         self._task, self._tokenizer = task, tokenizer
 
     def prompt(self, splits: Iterable[Split]) -> int:
-        prompts = [self._task.prompt(q.text) for split in splits for q in self._task.questions(split)]
-        return max(self._count(prompts, special=True), default=0)
+        return max((n for split in splits for n in self._prompts(self._task.questions(split))), default=0)
 
     def worked(self) -> int:
         """With its question and the end of the sequence. Steps are encoded one by one, as in training."""
         questions = self._task.questions("worked")
-        prompts = self._count([self._task.prompt(q.text) for q in questions], special=True)
-        steps = iter(self._count([step for q in questions for step in q.solution or ()], special=False))
-        solutions = [sum(next(steps) for _ in q.solution or ()) for q in questions]
-        return max((p + s + 1 for p, s in zip(prompts, solutions, strict=True)), default=0)
+        steps = [step for q in questions for step in q.solution or ()]
+        encoded = self._tokenizer(steps, add_special_tokens=False, verbose=False)["input_ids"] if steps else []
+        lengths = iter(map(len, encoded))
+        solutions = [sum(next(lengths) for _ in q.solution or ()) for q in questions]
+        return max((p + s + 1 for p, s in zip(self._prompts(questions), solutions, strict=True)), default=0)
 
-    def _count(self, texts: list[str], *, special: bool) -> list[int]:
-        encoded = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
-        return [len(ids) for ids in encoded]
+    def _prompts(self, questions: Sequence[Question]) -> list[int]:
+        return [len(encode_prompt(self._tokenizer, self._task.prompt(q.text))) for q in questions]
 
 
 def _require(config: RunConfig, key: str, prompt: int) -> None:

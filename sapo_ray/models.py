@@ -162,8 +162,11 @@ def parameter_count(checkpoint: str | Path) -> int:
     return count
 
 
-def base_tokenizer(config: ModelConfig, alphabet: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model that the config names or describes. Raises SapoError where it names none."""
+def base_tokenizer(config: ModelConfig, alphabet: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model that the config names, or describes for a task with an alphabet.
+
+    Raises SapoError where there is none.
+    """
     if config.path is not None:
         if not Folder(config.path).has("config.json"):
             raise SapoError(f"model.path {config.path} is no checkpoint directory: config.json is missing")
@@ -172,4 +175,6 @@ def base_tokenizer(config: ModelConfig, alphabet: str) -> PreTrainedTokenizerBas
         path = local_checkpoint(config.path, weights=False)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
         return tokenizer
+    if alphabet is None:
+        raise SapoError("model.path is null; a task without an alphabet of its own needs a model: name a checkpoint")
     return character_tokenizer(alphabet, config.max_length)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from sapo_ray.config_loader import changeable, changeable_keys
+from sapo_ray.encoding import Prompt
 from sapo_ray.files import Folder, relative, split
 from sapo_ray.manifest import DamagedError, Files, check_sizes
 
@@ -111,8 +112,8 @@ class TrainerConfig:
 class Prompts(Protocol):
     """The part of a task that training needs."""
 
-    def prompt(self, question: str) -> str:
-        """The text the reasoner continues."""
+    def prompt(self, question: str) -> Prompt:
+        """What the reasoner goes on from."""
 
 
 @dataclass(frozen=True, kw_only=True)

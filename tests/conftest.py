@@ -35,6 +35,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def data() -> Path:
+    """Real data sets, which are no part of the project: in `SAPO_DATA`, or beside it."""
+    path = Path(os.environ.get("SAPO_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path}; SAPO_DATA says where it is")
+    return path
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URI of a bucket, with `{}` for the path in it, on an S3 server: a process on the loopback interface."""
     with socket.socket() as free:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sapo_ray.batching import Shape
-from sapo_ray.encoding import Encoded, encode
+from sapo_ray.encoding import Encoded, Prompt, encode
 
 IGNORE = -100
 """Label of a token that is no target (transformers' value)."""
@@ -83,9 +83,9 @@ class Objective(Protocol):
         """The weight of each term in the loss."""
 
     def example(
-        self, record: Mapping[str, Any], prompt: Callable[[str], str], tokenizer: PreTrainedTokenizerBase
+        self, record: Mapping[str, Any], prompt: Callable[[str], Prompt], tokenizer: PreTrainedTokenizerBase
     ) -> Example:
-        """A stored record as tokens. `prompt` turns a question into the text the reasoner continues."""
+        """A stored record as tokens. `prompt` turns a question into what the reasoner goes on from."""
 
     def terms(self, model: nn.Module, batch: Batch) -> Terms:
         """The loss terms of a micro-batch, from one forward pass."""
@@ -104,7 +104,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     )
 
 
-def response_row(tokenizer: PreTrainedTokenizerBase, prompt: str, steps: Sequence[str], *, finished: bool) -> Row:
+def response_row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, steps: Sequence[str], *, finished: bool) -> Row:
     """A solution whose targets are its response tokens: its steps and, where `finished`, the end of sequence."""
     encoded: Encoded = encode(tokenizer, prompt, steps, finished=finished)
     return Row(encoded.ids, [IGNORE] * encoded.prompt_length + encoded.ids[encoded.prompt_length :])

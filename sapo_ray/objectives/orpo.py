@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from sapo_ray.encoding import Prompt
 from sapo_ray.objectives.base import Batch, Example, Head, Terms, response_nll, response_row, targets
 
 _CERTAIN = -1e-7
@@ -34,7 +35,7 @@ class ORPO:
         return {"nll": 1.0, "odds_ratio": self.beta}
 
     def example(
-        self, record: Mapping[str, Any], prompt: Callable[[str], str], tokenizer: PreTrainedTokenizerBase
+        self, record: Mapping[str, Any], prompt: Callable[[str], Prompt], tokenizer: PreTrainedTokenizerBase
     ) -> Example:
         text = prompt(record["question"])
         solutions = [s for s in (record["chosen"], record["rejected"]) if s is not None]

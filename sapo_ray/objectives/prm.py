@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sapo_ray.data import MASKED
-from sapo_ray.encoding import encode
+from sapo_ray.encoding import Prompt, encode
 from sapo_ray.objectives.base import IGNORE, Batch, Example, Head, Row, Terms, targets
 
 
@@ -25,7 +25,7 @@ class PRM:
         return {"mse": 1.0}
 
     def example(
-        self, record: Mapping[str, Any], prompt: Callable[[str], str], tokenizer: PreTrainedTokenizerBase
+        self, record: Mapping[str, Any], prompt: Callable[[str], Prompt], tokenizer: PreTrainedTokenizerBase
     ) -> Example:
         steps, step_labels = record["steps"], record["step_labels"]
         if len(step_labels) != len(steps):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sapo_ray.encoding import Prompt
 from sapo_ray.objectives.base import Batch, Example, Head, Terms, response_nll, response_row, targets
 
 
@@ -22,7 +23,7 @@ class SFT:
         return {"nll": 1.0}
 
     def example(
-        self, record: Mapping[str, Any], prompt: Callable[[str], str], tokenizer: PreTrainedTokenizerBase
+        self, record: Mapping[str, Any], prompt: Callable[[str], Prompt], tokenizer: PreTrainedTokenizerBase
     ) -> Example:
         text = prompt(record["question"])
         row = response_row(tokenizer, text, record["steps"], finished=not record["truncated"])

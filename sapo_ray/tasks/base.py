@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from sapo_ray.data import Question
+from sapo_ray.encoding import Prompt
 
 Split = Literal["worked", "pool", "validation", "test", "ood"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -27,16 +28,20 @@ class OracleLabels:
 
 
 class Task(Protocol):
-    """One task. All methods are pure, so any process can build the task from the config and use it."""
+    """One task. All methods are pure, so any process can build the task from the config and use it.
 
-    alphabet: str
-    """Every character that a question or a solution can hold: the tokenizer of a model that starts at random."""
+    A class that derives from this one has no alphabet, no oracle and no remarks unless it says otherwise.
+    """
+
+    alphabet: str | None = None
+    """Every character that a question or a solution can hold: the tokenizer of a model that starts at random. None: the
+    task needs a model that there is already."""
 
     def questions(self, split: Split) -> Sequence[Question]:
         """The questions of a split, in a fixed order. Only `worked` ones carry solutions."""
 
-    def prompt(self, question: str) -> str:
-        """The text the reasoner continues."""
+    def prompt(self, question: str) -> Prompt:
+        """What the reasoner goes on from."""
 
     def split(self, text: str) -> tuple[str, ...]:
         """The steps of a completion; joined with nothing between them they give `text` back."""
@@ -49,3 +54,8 @@ class Task(Protocol):
 
     def oracle(self, question: Question, steps: Sequence[str]) -> OracleLabels | None:
         """True step labels, or None where the task has no oracle."""
+        return None
+
+    def remarks(self) -> Sequence[str]:
+        """What a person should know of the questions, such as how many were left out, a line each."""
+        return ()

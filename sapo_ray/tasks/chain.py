@@ -33,7 +33,7 @@ from typing import Literal
 
 from sapo_ray.data import Question
 from sapo_ray.errors import SapoError
-from sapo_ray.tasks.base import OracleLabels, Split
+from sapo_ray.tasks.base import OracleLabels, Split, Task
 
 VOCABULARY = string.digits + string.ascii_lowercase + "+-*=;?\n"
 """Every character that a question or a solution can hold; the tokenizer's alphabet."""
@@ -49,6 +49,10 @@ _Operand = str | int
 
 @dataclass(kw_only=True)
 class ChainConfig:
+    """Arithmetic made on the spot, whose true step labels are known."""
+
+    kind: Literal["chain"] = "chain"
+    """Arithmetic made on the spot."""
     level: Literal["accumulator", "variables"] = "accumulator"
     """`accumulator`: apply the next operation to the last result. `variables`: a little program with look-ups."""
     modulus: int = 10
@@ -148,7 +152,7 @@ def _value(operand: _Operand, values: dict[str, int]) -> int:
     return operand if isinstance(operand, int) else values[operand]
 
 
-class Chain:
+class Chain(Task):
     """The `chain` task (see the module's text)."""
 
     alphabet = VOCABULARY

@@ -108,7 +108,21 @@ def _tree(folder: Path) -> list[Path]:
         (["align.beta=-1"], "command line: align.beta is -1.0; it must not be negative"),
         (["task.pool=0"], "command line: task.pool is 0; there would be nothing to learn from"),
         (["verify=false", "pairs.require_outcome=false"], "command line: pairs.require_outcome is false; without "),
+        (
+            ["task.kind=math", "task.train_data.path=FILES/q.jsonl", "task.test=1"],
+            "model.path is null; a task without an alphabet of its own needs a model: name a checkpoint",
+        ),
+        (
+            ["task.kind=math", "task.train_data.path=FILES/q.jsonl", "task.test=1", "engine.kind=null"],
+            "command line: engine.kind is null; workers without a model solve the task chain alone",
+        ),
+        (["task.kind=math"], "command line: task.train_data.path is null and train_data.hub, too; name the data in "),
+        (
+            ["task.kind=custom", "task.name=none"],
+            "task.name is none, but the entry points of the group sapo_ray.tasks ",
+        ),
         (["model.path=FILES/absent"], "model.path FILES/absent is no checkpoint directory: config.json is missing"),
+        (["task.pol=1"], "command line: task.pol is not a key; did you mean task.pool?"),
         (["task.worked=100000000"], "task.worked is 100000000, but only "),
         (
             ["engine.max_model_len=40"],

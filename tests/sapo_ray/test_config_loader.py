@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sapo_ray.config_loader import ConfigError, Key, describe, load_config, to_yaml
+from sapo_ray.config_loader import ConfigError, Key, describe, load_config, section_docs, to_yaml
 from sapo_ray.files import Folder
 
 
@@ -212,3 +212,100 @@ def test_describe_reads_types_defaults_and_docs() -> None:
     assert keys["tags"].default == []
     assert keys["start"].type == "auto or float"
     assert keys["other.lr"].doc == "Peak learning rate."
+
+
+@dataclass(kw_only=True)
+class Step:
+    """A fixed rate."""
+
+    kind: Literal["step"] = "step"
+    """A fixed rate."""
+    size: float = 1.0
+    """How far."""
+    count: int = 1
+    """How often."""
+
+
+@dataclass(kw_only=True)
+class Search:
+    """A search."""
+
+    kind: Literal["search"] = "search"
+    """A search."""
+    inner: Optimizer = field(default_factory=Optimizer)
+    """What searches."""
+    count: int = 2
+    """How often."""
+    label: str
+    """What it is called."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class Chosen:
+    how: Step | Search = field(default_factory=Step)
+    """How it goes on."""
+    size: int = 0
+    """How large."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.how, Step) and self.how.size > self.size + 10:
+            raise ValueError(f"how.size is {self.how.size}; it must be at most size + 10")
+
+
+def test_a_section_is_of_the_kind_that_is_chosen(tmp_path: Path) -> None:
+    assert load_config(Chosen, _write(tmp_path, "how: {size: 2}\n")) == Chosen(how=Step(size=2.0))
+    path = _write(tmp_path, "how: {inner.lr: 0.5, label: a, kind: search}\n")
+    expected = Chosen(how=Search(label="a", inner=Optimizer(lr=0.5)))
+    assert load_config(Chosen, path) == expected
+    path.write_text(to_yaml(expected))
+    loaded = load_config(Chosen, path)
+    assert loaded == expected
+    assert type(loaded) is Chosen
+
+
+def test_another_kind_begins_the_section_anew(tmp_path: Path) -> None:
+    base = _write(tmp_path, "how: {size: 2, count: 5}\nsize: 4\n", "base.yaml")
+    child = _write(tmp_path, "extends: base.yaml\nhow.label: a\nhow.kind: search\n")
+    assert load_config(Chosen, child) == Chosen(how=Search(label="a"), size=4)
+    assert load_config(Chosen, child, ["how.size=3", "how.kind=step"]) == Chosen(how=Step(size=3.0), size=4)
+    assert load_config(Chosen, base, ["how.kind=step"]) == Chosen(how=Step(size=2.0, count=5), size=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("how: {kind: other}", "{path}: how.kind is 'other'; it must be one of step, search"),
+        ("how: {kind: [step]}", "{path}: how.kind is ['step']; it must be one of step, search"),
+        ("how: {label: a}", "{path}: how.label is not a key; how.kind is step, and label belongs to search"),
+        ("how: {sise: 1}", "{path}: how.sise is not a key; did you mean how.size?"),
+        ("how: {kind: search, inner: {lrr: 1}}", "{path}: how.inner.lrr is not a key; did you mean how.inner.lr?"),
+        ("how: {kind: search}", "{path}: how.label has no value; give it one"),
+        ("how: {kind: search, label: a, count: 0}", "{path}: how.count is 0; it must be at least 1"),
+        ("how: {kind: search, label: a, inner.lr: 0}", "{path}: how.inner.lr is 0.0; it must be above 0"),
+        ("how: {size: a}", "{path}: how.size is 'a'; it must be float"),
+        ("how: {size: 11}", "{path}: how.size is 11.0; it must be at most size + 10"),
+        ("how: 5", "{path}: how is 5; it must be a section with keys among kind, size, count"),
+    ],
+)
+def test_an_error_in_a_section_of_kinds(tmp_path: Path, text: str, message: str) -> None:
+    path = _write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Chosen, path)
+    assert str(caught.value) == message.format(path=path)
+
+
+def test_describe_has_the_keys_of_every_kind() -> None:
+    keys = [(key.name, key.kind, key.default) for key in describe(Chosen)]
+    assert ("how.count", "step", 1) in keys
+    assert ("how.count", "search", 2) in keys
+    assert ("how.inner.lr", "search", 1e-3) in keys
+    assert ("size", "", 0) in keys
+    assert section_docs(Chosen) == {
+        ("how", "step"): "A fixed rate.",
+        ("how", "search"): "A search.",
+        ("how.inner", "search"): "What searches.",
+    }
