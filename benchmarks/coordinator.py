@@ -114,7 +114,10 @@ def main(sizes: str, workers: int, as_json: bool) -> None:
     busy, stream = busy_workers(counts[0], fed)
     barriers = stage(counts[0], busy, "sample_then_label")
     result = {
-        "sizes": [{"trajectories": s.trajectories, "seconds": s.seconds, "peak_mb": s.peak_mb} for s in stages],
+        "sizes": [
+            {"trajectories": s.trajectories, "seconds": s.seconds, "peak_mb": s.peak_mb, "cpu_seconds": s.cpu_seconds}
+            for s in stages
+        ],
         "time_exponent": exponent(stages),
         "memory_growth": stages[-1].peak_mb / stages[0].peak_mb,
         "cpu_seconds_per_trajectory": stages[0].cpu_seconds / stages[0].trajectories,

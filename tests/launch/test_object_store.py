@@ -1,4 +1,7 @@
-"""One full round on an object store, a real S3 server, in which the driver is killed on the way."""
+"""One full round on an object store, a real S3 server, in which the driver is killed on the way.
+
+Its reasoner is null: vLLM would read a checkpoint through the same cache as the verifier does.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from sapo_ray.manifest import Manifest, check_files
 from sapo_ray.store import RunDirectory, labelled_of, rollout_of
 from tests.launch.runs import DRIVER, TINY, Running
 
+NULL_REASONER = "engine.kind=null"
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
@@ -31,7 +36,7 @@ def sapo(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def begun(s3: str) -> RunDirectory:
     """The run as far as it came when its driver and Ray's daemons were killed."""
-    run = Running(s3.format("runs/tiny"))
+    run = Running(s3.format("runs/tiny"), NULL_REASONER, "simulation.token_seconds=0.05")
     run.wait_for_stage("round-0/sample")
     run.kill(DRIVER)
     run.end()
@@ -42,7 +47,7 @@ def begun(s3: str) -> RunDirectory:
 def stored(begun: RunDirectory) -> RunDirectory:
     """The same run, gone on with to its end."""
     before = begun.stages()
-    result = sapo("run", str(TINY), f"run_dir={begun.location}", "--json")
+    result = sapo("run", str(TINY), NULL_REASONER, f"run_dir={begun.location}", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == begun.summary()
     assert {name: begun.stages()[name] for name in before} == before  # what was done is not done again
@@ -71,7 +76,7 @@ def test_its_labels_follow_from_its_rollouts_and_its_checkpoints_load(stored: Ru
 
 def test_a_finished_run_is_not_done_again_and_can_be_shown(stored: RunDirectory) -> None:
     before = stored.folder.read("manifest.json"), stored.folder.sizes()
-    result = sapo("run", str(TINY), f"run_dir={stored.location}", "engine.batch_size=17")
+    result = sapo("run", str(TINY), NULL_REASONER, f"run_dir={stored.location}", "engine.batch_size=17")
     assert result.returncode == 0, result.stderr
     assert (stored.folder.read("manifest.json"), stored.folder.sizes()) == before
     shown = sapo("show", stored.location, "--json")
@@ -90,7 +95,7 @@ def test_a_damaged_shard_stops_it(stored: RunDirectory) -> None:
     name = "round-0/labels/part-00000.parquet"
     good = stored.folder.read(name)
     stored.folder.write(name, good[:-1])
-    result = sapo("run", str(TINY), f"run_dir={stored.location}")
+    result = sapo("run", str(TINY), NULL_REASONER, f"run_dir={stored.location}")
     stored.folder.write(name, good)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]  # Ray may have said something before
