@@ -5,9 +5,9 @@ solution can neither read nor trace (it is not dumpable, and forked the child be
 its namespace, signal. What a test asks of the solution goes to the child through a socket and comes back as plain data,
 of exactly these types: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict (of a subclass,
 such as Counter, the plain part). So an object that equals everything arrives as one that equals nothing else; patched
-builtins, exit hooks and faked output lie in a process that no one believes. Any other value stays with the child and the
-tests get a `Remote` in its place. What the solution answers, it may choose: tests that a table of answers passes are
-passed by one.
+builtins, exit hooks and faked output lie in a process that no one believes. Any other value stays with the child and
+the tests get a `Remote` in its place. What the solution answers, it may choose: tests that a table of answers passes
+are passed by one.
 
 This file is given to a bare interpreter as its program (`python -c`): it imports the standard library only, and little
 of that.
@@ -36,6 +36,7 @@ _FORBIDDEN = {errno.EPERM, errno.EACCES, errno.EROFS, errno.EFBIG, errno.ENOSPC,
 
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _DENIED = {
     "shmget": (29, 194),
@@ -52,7 +53,7 @@ _DENIED = {
     "memfd_secret": (447, 447),
 }
 """System calls that get memory which no limit counts, reach into other processes, or need a kernel without a flaw, with
-their numbers on these two machines (Linux: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h)."""
+their numbers on these machines (Linux: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h)."""
 
 _TYPES: dict[str, type] = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes)}
 _TYPES |= {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict)}
@@ -188,7 +189,7 @@ class Solution:
         os.kill(self._child, signal.SIGKILL)
         _, status, used = os.wait4(self._child, 0)
         code = os.waitstatus_to_exitcode(status)
-        if used.ru_utime + used.ru_stime >= self._cpu_seconds:
+        if code == -signal.SIGXCPU or used.ru_utime + used.ru_stime >= self._cpu_seconds:
             return "timeout", "more than cpu_seconds"
         end = f"signal {-code}" if code < 0 else f"exit status {code}"
         return "error", f"the solution's process ended with {end} before its tests did"
@@ -273,7 +274,7 @@ def limit(limits: dict[str, Any]) -> None:
 
 
 def close_ways_out() -> None:
-    """Keeps this process from being traced, and it and all that it forks from new privileges and from `_DENIED`."""
+    """Keeps this process from being traced, and it and all that it forks from any privilege and from `_DENIED`."""
     machine = os.uname().machine
     if machine not in _AUDIT_ARCH:
         sys.exit(f"no numbers of system calls are known for {machine}; a sandbox needs one of {', '.join(_AUDIT_ARCH)}")
@@ -287,14 +288,16 @@ def close_ways_out() -> None:
     steps += [(give_back, 0, 0, 0x7FFF0000), (give_back, 0, 0, 0x00050000 | errno.EPERM)]  # allow; fail with EPERM
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)))
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    libc = ctypes.CDLL(None, use_errno=True)
     for option, *arguments in (
         (_PR_SET_DUMPABLE, 0, None, 0, 0),
         (_PR_SET_NO_NEW_PRIVS, 1, None, 0, 0),
         (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0),
     ):
-        if prctl(option, *arguments):
+        if libc.prctl(option, *arguments):
             sys.exit(f"the judge cannot protect itself: prctl {option}: {os.strerror(ctypes.get_errno())}")
+    if libc.capset(struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), bytes(24)):
+        sys.exit(f"the judge cannot give up its capabilities: {os.strerror(ctypes.get_errno())}")
 
 
 def become_solution(connection: socket.socket, limits: dict[str, Any]) -> NoReturn:

@@ -32,8 +32,8 @@ class Verdict:
 
     `pass`: every test ran and held. `fail`: an assertion did not hold. `error`: the solution or a test raised, or the
     solution's process ended. `timeout`, `memory`: it took too much. `violation`: it broke another limit, or reached for
-    what it may not have and stumbled over that. `reason` is one line on all but `pass`, `output` the first lines printed,
-    `seconds` the time from the program's arrival at its sandbox to its verdict.
+    what it may not have and stumbled over that. `reason` is one line on all but `pass`, `output` the first lines
+    printed, `seconds` the time from the program's arrival at its sandbox to its verdict.
     """
 
     verdict: Literal["pass", "fail", "error", "timeout", "memory", "violation"]
