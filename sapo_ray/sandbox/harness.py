@@ -213,10 +213,9 @@ def judge(program: dict[str, Any], solution: Solution) -> tuple[str, str]:
     try:
         names = solution.ask("load", program["solution"], program["names"])
         namespace = {"__name__": "tests", **names}
-        exec(compile(program["setup"], "setup", "exec"), namespace)
-        namespace |= names  # a prompt in the setup defines the solution's name, too
-        for test in program["tests"]:
+        for test in (program["setup"], *program["tests"]):
             exec(compile(test, "test", "exec"), namespace)
+            namespace |= names  # which a prompt in the setup defines, too
     except SolutionError as error:
         return error.verdict, str(error)
     except AssertionError as error:

@@ -25,8 +25,6 @@ _GRACE_SECONDS = 1.0
 """What the judge has beyond a program's time to say that it is over; then it is killed."""
 _OUTPUT_LINES = 20
 _OUTPUT_CHARACTERS = 2000
-
-
 _HARNESS = Path(harness.__file__).read_text()
 
 Stop = tuple[Literal["timeout", "violation"], str]
@@ -94,7 +92,6 @@ class _Cell:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            bufsize=0,
             cwd=self._folder.name if self._folder else "/",
             env={"PYTHONHASHSEED": "0"},  # so that what depends on a set's order comes out the same each time
             start_new_session=True,
