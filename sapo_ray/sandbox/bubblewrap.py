@@ -30,7 +30,9 @@ def command(file_mib: int) -> list[str]:
     bwrap, prefix = shutil.which("bwrap") or "bwrap", sys.base_prefix
     before, source = [], prefix
     if os.geteuid() == 0:
-        before = [bwrap, "--dev-bind", "/", "/", "--tmpfs", "/tmp", "--ro-bind", prefix, _REACHABLE]
+        # The end of a parent that is another user kills nobody: the first bubblewrap's pid namespace does it instead.
+        before = [bwrap, "--die-with-parent", "--unshare-pid", "--dev-bind", "/", "/", "--proc", "/proc"]
+        before += ["--tmpfs", "/tmp", "--ro-bind", prefix, _REACHABLE]
         setpriv = shutil.which("setpriv") or "setpriv"
         before += ["--", setpriv, "--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups", "--"]
         source = _REACHABLE

@@ -34,7 +34,7 @@ _REASON_CHARACTERS = 300
 _FORBIDDEN = {errno.EPERM, errno.EACCES, errno.EROFS, errno.EFBIG, errno.ENOSPC, errno.EAGAIN, errno.ENETUNREACH}
 """Errors by which a sandbox refuses."""
 
-_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -289,6 +289,7 @@ def close_ways_out() -> None:
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)))
     libc = ctypes.CDLL(None, use_errno=True)
     for option, *arguments in (
+        (_PR_SET_PDEATHSIG, signal.SIGKILL, None, 0, 0),
         (_PR_SET_DUMPABLE, 0, None, 0, 0),
         (_PR_SET_NO_NEW_PRIVS, 1, None, 0, 0),
         (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0),

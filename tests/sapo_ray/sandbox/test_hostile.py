@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -348,18 +350,46 @@ def test_nothing_of_a_program_stays(needs_bubblewrap: None, wall_seconds: float)
     leave = "import os\nfor n in range(2):\n    if os.fork() == 0:\n        os.setsid()\n        while True: pass\n"
     keep = "open('/tmp/kept', 'w').close()\n"
     long, brief = wall_seconds + 1, wall_seconds % 1 + 1  # unlike those of the other tests' sandboxes
-    with Sandbox(SandboxConfig(wall_seconds=long)) as box:
+    with Sandbox(SandboxConfig(cpu_seconds=1, wall_seconds=long)) as box:
         for end in ("def f(x): return 2", "import os\nos._exit(0)", "def f(x): return 'y' * 2**25"):
             box.run(Program(leave + keep + end, ("f",), ("assert f(1) == 2",)))
             look = Program("import os\ndef f(x): return os.listdir('/tmp')", ("f",), ("assert f(1) == []",))
             assert box.run(look).verdict == "pass"
-    with Sandbox(SandboxConfig(wall_seconds=brief)) as box:
+    with Sandbox(SandboxConfig(cpu_seconds=5, wall_seconds=brief)) as box:
         box.run(GOOD)
         assert processes(brief)
         verdict = box.run(Program(leave + "def f(x):\n    while True: pass", ("f",), ("assert f(1) == 2",)))
         assert verdict.verdict == "timeout"
-    deadline = time.monotonic() + 30
-    while left := [*processes(long), *processes(brief)]:
+    wait_for_the_end(long)
+    wait_for_the_end(brief)
+
+
+def test_a_sandbox_ends_with_the_process_that_started_it(needs_bubblewrap: None, wall_seconds: float) -> None:
+    """Even where that is killed while a program runs that has children in other sessions."""
+    solution = "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass\nprint('begun')\nwhile True: pass"
+    mark = wall_seconds + 2
+    script = (
+        "from sapo_ray.sandbox import *\n"
+        f"with Sandbox(SandboxConfig(cpu_seconds=60, wall_seconds={mark})) as box:\n"
+        f"    box.run(Program({solution!r}, ('f',), ('assert f(1) == 2',)))"
+    )
+    executor = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3])
+    try:
+        deadline = time.monotonic() + 60
+        # Two bubblewraps (or, not as root, one), judge, solution and its child; and the next sandbox, without the last.
+        while len(processes(mark)) < 7:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        executor.kill()
+        executor.wait()
+    wait_for_the_end(mark)
+
+
+def wait_for_the_end(wall_seconds: float) -> None:
+    """Fails where a process of a sandbox with that limit does not end."""
+    deadline = time.monotonic() + 10
+    while left := processes(wall_seconds):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
