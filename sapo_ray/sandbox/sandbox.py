@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -61,7 +62,9 @@ class Sandbox:
 
     def run(self, program: Program) -> Verdict:
         """Runs a program's tests against its solution."""
-        cell = self._next if self._next and self._next.waits() else _Cell(self._config)
+        if self._next and not self._next.waits():
+            self.close()
+        cell = self._next or _Cell(self._config)
         self._next = _Cell(self._config)
         try:
             return cell.judge(program)
@@ -79,7 +82,7 @@ class _Cell:
     """One sandbox, for one program."""
 
     def __init__(self, config: SandboxConfig) -> None:
-        self._config, self._folder = config, None
+        self._config, self._folder, self._thread = config, None, threading.current_thread()
         limits = asdict(config)
         command = [bubblewrap.interpreter(), "-P", "-s", "-S", "-B", "-u", "-X", "utf8", "-c", _HARNESS]
         if config.kind == "bubblewrap":
@@ -98,8 +101,8 @@ class _Cell:
         )
 
     def waits(self) -> bool:
-        """Whether it is still there. One whose starting thread has ended is not: bubblewrap ends with its parent."""
-        return self._process.poll() is None
+        """Whether it is still there. It ends with the thread that started it, as it would with the process."""
+        return self._thread.is_alive() and self._process.poll() is None
 
     def judge(self, program: Program) -> Verdict:
         """What comes of the program. Raises SandboxError where the sandbox did not start."""
@@ -117,6 +120,9 @@ class _Cell:
             stdin.write(json.dumps(asdict(program)).encode())
         stopped = ears.listen(self._config.wall_seconds + _GRACE_SECONDS)
         seconds = time.monotonic() - started
+        if stopped is None and self._config.kind == "bubblewrap":
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_SECONDS)  # it ends when all in its namespaces have
         self._kill()
         stopped = ears.drain() if stopped is None else stopped
         if stopped:
