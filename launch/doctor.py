@@ -19,6 +19,7 @@ import click
 from packaging.requirements import Requirement
 
 from sapo_ray.errors import SapoError
+from sapo_ray.sandbox import bubblewrap
 
 ENGINES = ("torch", "transformers", "ray.train.torch", "vllm.entrypoints.llm", "deepspeed", "peft")
 """Modules whose import loads the compiled parts, too."""
@@ -140,7 +141,9 @@ def import_check(module: str, timeout: float = IMPORT_TIMEOUT) -> Check:
 
 def machine_checks() -> Iterator[Check]:
     """The compiler, CPUs, memory, GPUs, disk and sandbox of this machine."""
-    yield _program("C compiler", os.environ.get("CC", "cc"), "apt-get install gcc libc6-dev", required=True)
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    mend = "" if compiler else "apt-get install gcc libc6-dev"
+    yield Check("C compiler", compiler or "none", "ok" if compiler else "missing", mend)
     cores = len(os.sched_getaffinity(0))
     yield _at_least("CPU cores", cores, 2, str, "give the machine or container more cores")
     yield _at_least("memory", _memory(), 8 * GIB, _gib, "give the machine or container more memory")
@@ -150,7 +153,7 @@ def machine_checks() -> Iterator[Check]:
     )
     shared = shutil.disk_usage("/dev/shm").free
     yield _at_least("free /dev/shm", shared, GIB, _gib, "mount -o remount,size=4G /dev/shm (docker: --shm-size=4g)")
-    yield _program("bubblewrap (optional)", "bwrap", "apt-get install bubblewrap", required=False)
+    yield sandbox_check()
 
 
 def gpu_check() -> Check:
@@ -166,16 +169,19 @@ def gpu_check() -> Check:
     return Check("GPUs", found, "ok")
 
 
+def sandbox_check() -> Check:
+    """Whether model-written programs can run in a sandbox; only tasks whose answers are programs need one."""
+    item, fault = "bubblewrap (for code tasks)", bubblewrap.fault()
+    if fault:
+        return Check(item, fault[0], "missing", fault[1], required=False)
+    return Check(item, "works", "ok")
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _program(item: str, name: str, mend: str, *, required: bool) -> Check:
-    path = shutil.which(name)
-    return Check(item, path, "ok") if path else Check(item, "none", "missing", mend, required)
 
 
 def _at_least(item: str, amount: int, wanted: int, show: Callable[[int], str], mend: str) -> Check:

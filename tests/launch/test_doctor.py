@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from launch.cli import COMMANDS, Commands, cli
-from launch.doctor import _version, import_check, lock_path, read_pins, version_check, version_checks
+from launch.doctor import _version, import_check, lock_path, read_pins, sandbox_check, version_check, version_checks
 from sapo_ray.errors import SapoError
+from sapo_ray.sandbox import bubblewrap
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,3 +165,11 @@ def test_an_error_is_one_line_and_its_traceback_is_for_debug() -> None:
 def test_an_interrupt_exits_as_a_shell_expects() -> None:
     result = CliRunner().invoke(_group(KeyboardInterrupt()), [])
     assert (result.exit_code, result.stderr) == (128 + signal.SIGINT, "interrupted\n")
+
+
+def test_a_missing_bubblewrap_is_no_fault_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bubblewrap, "fault", lambda: None)
+    assert sandbox_check().verdict == "ok"
+    monkeypatch.setattr(bubblewrap, "fault", lambda: ("none", "apt-get install -y bubblewrap"))
+    check = sandbox_check()
+    assert (check.verdict, check.mend, check.required) == ("missing", "apt-get install -y bubblewrap", False)
