@@ -128,6 +128,7 @@ def _times(run: RunDirectory) -> Mapping[str, Any]:
     return {str(file): file.stat().st_mtime_ns for file in files}
 
 
+@pytest.mark.slow
 def test_colocated_engines_and_training_take_turns_where_only_one_of_them_fits(tmp_path: Path) -> None:
     """Two CPUs: engines, verifier and coordinator need 1.8, training and coordinator 1.8."""
     places = ["engine.cpus_per_worker=1.5", "engine.threads=1", "trainer.cpus_per_worker=1.7", "rounds=0"]
