@@ -58,8 +58,10 @@ class CoordinatorClient:
         try:
             ray.get(self._actor.pause.remote())
             self._paused = True
+        except RayTaskError as error:
+            raise SapoError(f"pause: {told(error.cause)}") from error
         except RayActorError:  # dead, and its pools with it: their place is free
-            self._actor, self._loaded = None, {}
+            self._give_up()
 
     def call(self, method: str, *args: Any) -> Any:
         """Call the coordinator and show its progress until it answers; if it dies, start it again and call once more.
@@ -73,12 +75,17 @@ class CoordinatorClient:
             except RayTaskError as error:
                 raise SapoError(f"{method}: {told(error.cause)}") from error
             except RayActorError as error:
-                self._actor, self._loaded = None, {}
+                self._give_up()
                 if deaths == MAX_DEATHS:
                     raise SapoError(f"{method}: the coordinator died {deaths} times: {_one_line(error)}") from error
                 self._reporter.warn(f"{method}: the coordinator died ({_one_line(error)}) and is started again")
             except RayError as error:
                 raise SapoError(f"{method}: {told(error)}") from error
+
+    def _give_up(self) -> None:
+        """The next call starts another coordinator. This one may be out of reach only, and would write beside it."""
+        ray.kill(self._actor)
+        self._actor, self._loaded = None, {}
 
     def _wait(self, answer: Any) -> Any:
         """The coordinator's answer; what it does or waits for, such as nodes for its workers, is shown meanwhile."""

@@ -22,7 +22,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 
 from actors.logs import about
 from actors.worker import EngineDeadError, Place, log_tail
@@ -55,6 +55,10 @@ class WorkerError(SapoError):
 
 class HungError(EngineDeadError):
     """A worker gives no sign of life."""
+
+
+class AnswerLostError(EngineDeadError):
+    """A worker's answer went away with the node that it lay on."""
 
 
 class QuarantinedError(SapoError):
@@ -214,10 +218,8 @@ class ElasticPool(Generic[Request, Result]):
     async def pause(self) -> None:
         """Give the workers' place to others once what they have in flight is done: end them, or put them to sleep."""
         self._paused = True
-        if self._sleeps:
-            return await self.broadcast("sleep")
-        await self._exclusively(self._end)
-        for worker in list(self._workers):  # those that are still starting
+        await (self.broadcast("sleep") if self._sleeps else self._exclusively(self._end))
+        for worker in [worker for worker in self._workers if not worker.ready]:  # those that are still starting
             self._remove(worker)
 
     async def resume(self) -> None:
@@ -282,6 +284,8 @@ class ElasticPool(Generic[Request, Result]):
             self._grow(decision)
         long_ago = time.monotonic() - self._scaling.shrink_after
         idle = [worker for worker in ready if not worker.requests and worker.idle_since < long_ago]
+        if not waiting:  # nor is there use for workers that still wait for a node
+            idle = [w for w in self._workers if w.place is None and w.created < long_ago] + idle
         for worker in idle[: max(0, len(self._workers) - self._least)]:
             self._counts["shrunk"] += 1
             self._say(f"worker {worker.number} ends after {self._scaling.shrink_after:g} s without work")
@@ -303,6 +307,8 @@ class ElasticPool(Generic[Request, Result]):
         try:
             worker.place = await worker.actor.where.remote()
             await self._in_time(self._make_ready(worker))
+            while worker.version != self._version:  # loaded meanwhile; from here to `ready` nothing is waited for
+                await self._in_time(self._reload(worker))
         except (RayActorError, EngineDeadError) as error:
             if worker in self._workers:  # not ended by the pool itself
                 self._failed_starts += not _node_is_lost(error)
@@ -313,6 +319,8 @@ class ElasticPool(Generic[Request, Result]):
             self._break(error if isinstance(error, WorkerError) else self._error(worker, "start", error))
         else:
             self._failed_starts = 0
+            if self._paused and worker in self._workers:  # it came too late to be ended or put to sleep with the others
+                return self._remove(worker)
             worker.ready, worker.idle_since = True, time.monotonic()
             self._spawn(self._watch(worker))
             self._changed.set()
@@ -465,6 +473,8 @@ class ElasticPool(Generic[Request, Result]):
             return await getattr(worker.actor, method).remote(*args)
         except RayActorError:
             raise
+        except (NodeDiedError, ObjectLostError) as error:
+            raise AnswerLostError(f"its answer is lost: {told(error)}") from error
         except Exception as error:  # what the method raised, or Ray could not send
             cause = error.cause if isinstance(error, RayTaskError) else error
             if isinstance(cause, EngineDeadError):
@@ -478,12 +488,15 @@ class ElasticPool(Generic[Request, Result]):
                 await asyncio.wait(self._calls)
             ready = [worker for worker in self._workers if worker.ready]
             outcomes = await asyncio.gather(*(self._in_time(work(w)) for w in ready), return_exceptions=True)
+        errors = []
         for worker, outcome in zip(ready, outcomes, strict=True):
             if isinstance(outcome, RayActorError | EngineDeadError):
                 self._lose(worker, outcome)
             elif isinstance(outcome, BaseException):
-                raise outcome
+                errors.append(outcome)
         self._wake()
+        if errors:
+            raise errors[0]
 
     def _retry(self, worker: _Worker, batch: Iterable[_Waiting[Request, Result]], cause: Exception) -> None:
         """Ask others. A node that went away is not held against the requests that were on it."""
@@ -553,7 +566,9 @@ def _about(requests: Iterable[_Waiting[Any, Any]]) -> dict[str, str]:
 
 
 def _node_is_lost(error: Exception) -> bool:
-    return isinstance(error, RayActorError) and (error.preempted or "node has died" in str(error))
+    if isinstance(error, RayActorError):
+        return error.preempted or "node has died" in str(error)
+    return isinstance(error, AnswerLostError)
 
 
 def _one_line(error: BaseException) -> str:

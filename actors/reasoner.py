@@ -96,11 +96,6 @@ class RolloutWorker(PoolWorker):
         await self._command(self._engine.wake_up())
         logger.info("the engine is awake")
 
-    async def close(self) -> None:
-        """Stop the engine and its process."""
-        if self._engine is not None:
-            self._engine.shutdown()
-
     async def _command(self, command: Awaitable[T]) -> T:
         """What a command to the engine comes to. Raises EngineDeadError where it is dead, or dies meanwhile.
 

@@ -91,7 +91,7 @@ def train(job: TrainJob, device: torch.device, report: Report, stop: Stop) -> Tr
     mid-training checkpoint. Raises JobError on every rank for a job that cannot be done or was told to stop, SapoError
     on one that cannot write its part of a mid-training checkpoint.
     """
-    stored = _together(lambda: finished(job, dist.get_world_size()))
+    stored = _together(lambda: finished(job))
     if stored is not None:
         return stored
     training = Training(job, device)
@@ -192,9 +192,6 @@ class Training:
             )
         return value
 
-    def _fingerprint(self) -> dict[str, Any]:
-        return self.job.fingerprint(dist.get_world_size())
-
     def _save(self) -> None:
         """A mid-training checkpoint. Every rank puts its own files into place, then `latest.json` is replaced: so an
         interrupted save is never seen."""
@@ -216,7 +213,13 @@ class Training:
         """Rank 0's part of a mid-training checkpoint: from now on it is the one to go on from, and others go."""
         if dist.get_rank() != 0:
             return
-        latest = {"tag": tag, "job": self._fingerprint(), "progress": asdict(self.progress), "files": files}
+        latest = {
+            "tag": tag,
+            "job": self.job.fingerprint(),
+            "workers": dist.get_world_size(),
+            "progress": asdict(self.progress),
+            "files": files,
+        }
         self.home.write(f"{self.partial}/{_LATEST}", json.dumps(latest))
         tags = {name.split("/")[1] for name in self.home.sizes(self.partial) if name.count("/") > 1}
         for old in tags - {tag}:
@@ -226,6 +229,7 @@ class Training:
         """Load the last mid-training checkpoint, if there is one of this job."""
         found = _together(self._latest)
         if found is None:
+            _together(lambda: self.home.clear(self.partial) if dist.get_rank() == 0 else None)
             return Progress()
         path, latest = found
         loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
@@ -239,7 +243,10 @@ class Training:
         if not self.home.has(name):
             return None
         latest: dict[str, Any] = json.loads(self.home.read(name))
-        if not is_same_job(latest["job"], self._fingerprint(), self.home.locate(name)):
+        if not is_same_job(latest["job"], self.job.fingerprint(), self.home.locate(name)):
+            return None
+        if latest["workers"] != dist.get_world_size():
+            logger.warning("%s was written by %d workers; the training begins anew", name, latest["workers"])
             return None
         try:
             return local_copy(Folder(self.home.locate(f"{self.partial}/{latest['tag']}")), latest["files"]), latest
@@ -277,7 +284,7 @@ class Training:
             self.engine.module.save_pretrained(directory, state_dict=state)
             self.tokenizer.save_pretrained(directory)
             result = replace(result, files=records_of(directory))
-            (directory / RESULT_FILE).write_text(json.dumps({"job": self._fingerprint(), "result": asdict(result)}))
+            (directory / RESULT_FILE).write_text(json.dumps({"job": self.job.fingerprint(), "result": asdict(result)}))
             self.home.put(directory, self.name, last=RESULT_FILE)
         self.home.clear(self.partial)
         return result

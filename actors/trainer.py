@@ -173,7 +173,7 @@ class Trainer:
         the training has learnt goes into a mid-training checkpoint, which is waited for, but not for long.
         """
         job = _absolute(job)
-        stored = finished(job, self._config.workers)
+        stored = finished(job)
         news = _News(job, on_progress, on_updates)
         if stored is not None:
             news.pass_on(stored.updates, stored.metrics)

@@ -70,6 +70,14 @@ def audit_round(
     yield from _repeated(store, number, "rollouts", checked)
     labelled = [labelled_of(row) for row in store.read(number, "labels")]
     rollouts = [rollout_of(row) for row in store.read(number, "rollouts")]
+    notes = store.stages()[f"round-{number}/sample"]
+    sampled = sum(1 for _ in store.read(number, "trajectories"))
+    for kind, stored, made in (
+        ("trajectories", sampled, notes["trajectories"]["sampled"]),
+        ("labels", len(labelled), notes["labels"]),
+    ):
+        if stored != made:
+            yield f"{kind}: {stored} rows are stored, but {made} were made"
     known = {rollout.id for rollout in rollouts}
     for row in labelled:
         lost = [name for estimate in row.estimates for name in estimate.rollout_ids if name not in known]

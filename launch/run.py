@@ -76,6 +76,7 @@ def complete(config: str, overrides: Sequence[str], redo: str | None = None) -> 
     with ray_session(settings):
         store.create()
         with lease, ConsoleReporter() as reporter:
+            _refuse_other_config(settings, store)  # another driver may have begun it since
             if redo:
                 store.forget(redo)
             for what in (*task.remarks(), *store.check()):

@@ -85,8 +85,16 @@ class Folder:
 
     def clear(self, name: str) -> None:
         """Remove a folder and all that is in it, if it is there."""
-        if self._files.get_file_info(self._at(name)).type == fs.FileType.Directory:
+        if self._files.get_file_info(self._at(name)).type != fs.FileType.Directory:
+            return
+        if self.path is None:
             self._files.delete_dir(self._at(name))
+            return
+        # It goes in one step: a kill leaves no part of it in its place.
+        doomed = self.path / f"{name}.cleared.tmp"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(self.path / name, doomed)
+        shutil.rmtree(doomed)
 
     @contextmanager
     def staging(self, name: str) -> Iterator[Path]:

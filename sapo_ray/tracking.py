@@ -178,7 +178,7 @@ class WeightsAndBiases:
             dir=store.folder.path,
             config=asdict(config),
             settings=wandb.Settings(
-                console="off", disable_git=True, save_code=False, finish_timeout=20, finish_timeout_raises=False
+                console="off", disable_git=True, save_code=False, finish_timeout=5, finish_timeout_raises=False
             ),
         )
 

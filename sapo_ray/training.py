@@ -143,7 +143,7 @@ class TrainJob:
     """The id of the driver that must have the lease of the run two levels above `out` at every write; None where there
     is no lease to look at."""
 
-    def fingerprint(self, workers: int) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What must stay the same for a training to go on or to count as done. Paths are relative to `out`'s parent,
         so that a run directory can be moved."""
         home, _ = split(self.out)
@@ -157,7 +157,6 @@ class TrainJob:
             "data": data,
             "content": list(self.content),
             "seed": self.seed,
-            "workers": workers,
         }
 
 
@@ -188,7 +187,7 @@ class TrainResult:
     """The checkpoint's files, but for the one that holds this result."""
 
 
-def finished(job: TrainJob, workers: int) -> TrainResult | None:
+def finished(job: TrainJob) -> TrainResult | None:
     """The result stored in `job.out`, or None where nothing is there, or what was made from other content.
 
     Raises FileExistsError where something else is there, ValueError where another job's checkpoint is, DamagedError
@@ -203,7 +202,7 @@ def finished(job: TrainJob, workers: int) -> TrainResult | None:
         raise FileExistsError(
             f"{job.out} exists and is no finished training; remove it or name another directory"
         ) from None
-    if not is_same_job(stored["job"], job.fingerprint(workers), out.locate(RESULT_FILE)):
+    if not is_same_job(stored["job"], job.fingerprint(), out.locate(RESULT_FILE)):
         return None
     result = TrainResult(**{**stored["result"], "checkpoint": job.out})
     try:

@@ -190,9 +190,17 @@ def test_a_training_that_is_told_to_stop_saves_what_it_has_learnt(home: Path, tm
     asked, told = job(home, tmp_path / "out"), iter([False, False, True])
     with pytest.raises(JobError, match="told to stop; 3 of 6 updates are saved"):
         run(asked, stop=lambda: next(told))
+    partial = tmp_path / "out.partial"
+    shutil.copytree(partial, tmp_path / "kept")
     result = run(asked)
     assert result.resumed_from == 3
     assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
+
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "kept").rename(partial)
+    latest = json.loads((partial / "latest.json").read_text())
+    (partial / "latest.json").write_text(json.dumps({**latest, "workers": 2}))
+    assert run(asked).resumed_from == 0  # another number of workers begins anew
 
 
 def test_a_training_whose_run_has_another_driver_by_now_writes_no_more(home: Path, tmp_path: Path) -> None:

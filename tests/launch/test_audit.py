@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> RunDirectory:
     with closing(store.writer(1, "labels")) as labels, closing(store.writer(1, "rollouts")) as rollouts:
         labels.extend([label_row(LABELLED)])
         rollouts.extend(map(rollout_row, ROLLOUTS))
-    store.finish("round-1/sample", {"labels": 1})
+    store.finish("round-1/sample", {"trajectories": {"sampled": 0}, "labels": 1})
     return store
 
 
@@ -65,6 +65,16 @@ def test_predictions_follow_from_the_last_verifiers_start_score(
     result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
     assert json.loads(result.stdout) == {"checked": CHECKED, "problems": problems}
     assert result.exit_code == bool(problems)
+
+
+def test_rows_that_are_gone_are_missed(run: RunDirectory) -> None:
+    run.write_file(f"checkpoints/verifier-0/{CALIBRATION_FILE}", Calibration(0.8, 0.5).text())
+    run.finish("round-1/sample", {"trajectories": {"sampled": 3}, "labels": 2})
+    result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
+    assert json.loads(result.stdout)["problems"] == [
+        "round 1: trajectories: 0 rows are stored, but 3 were made",
+        "round 1: labels: 1 rows are stored, but 2 were made",
+    ]
 
 
 def test_a_start_score_in_the_config_needs_no_verifier(run: RunDirectory) -> None:

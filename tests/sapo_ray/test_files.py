@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,23 @@ def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
     folder.write("a", "b")
     assert (tmp_path / "run" / "a").read_text() == "b"
     assert folder.path == tmp_path / "run"
+
+
+def test_a_kill_while_a_folder_is_cleared_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    folder = Folder(tmp_path / "run")
+    folder.write("model/config.json", "{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.clear("model")
+    assert not folder.sizes("model")
+    folder.write("model/config.json", "[]")
+    folder.clear("model")
+    assert folder.sizes() == {}
 
 
 def test_a_full_disk_leaves_what_was_there_and_no_half_file(disk: Disk) -> None:
