@@ -134,7 +134,7 @@ def main(sizes: str, workers: int, as_json: bool) -> None:
 
 def busy_workers(trajectories: int, fed: float) -> tuple[int, Figures]:
     """The most workers, from what can be fed downwards, that are busy `ENOUGH` of the time; or the fewest tried."""
-    for share in (1.0, 0.8, 0.6, 0.4):
+    for share in (1.0, 0.8, 0.6, 0.4, 0.25, 0.15, 0.1):
         workers = max(1, min(MOST_WORKERS, int(share * fed)))
         figures = stage(trajectories, workers, "stream_all")
         if utilisation(figures, workers) >= ENOUGH:

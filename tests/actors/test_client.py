@@ -94,14 +94,8 @@ def kill(name: str) -> None:
         victim.kill()
 
 
-@pytest.mark.parametrize(
-    "victim",
-    [
-        "ray::Coordinator",
-        pytest.param("ray::NullReasoner", marks=pytest.mark.slow),
-        pytest.param("ray::NullVerifier", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["ray::Coordinator", "ray::NullReasoner", "ray::NullVerifier"])
 def test_a_killed_process_changes_nothing(
     config: RunConfig, model: str, undisturbed: dict[str, Any], tmp_path: Path, victim: str
 ) -> None:

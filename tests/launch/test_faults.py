@@ -130,11 +130,12 @@ def _killed_at_random(path: Path, rng: random.Random, victims: Sequence[str], *o
     kills = 0
     run = Running(path, *overrides)
     while kills < KILLS and (run.process.poll() is None or run.process.returncode != 0):
-        time.sleep(rng.uniform(2, 20))
+        time.sleep(rng.uniform(2, 12))
         victim = rng.choice(victims)
         if run.process.poll() is None and run.kill(victim):
             kills += 1
         if run.process.poll() is not None or victim == DRIVER:
             yield run
             run = Running(path, *overrides)
+    assert kills == KILLS, "the run ended before it was killed so often"
     yield run
