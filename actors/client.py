@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.coordinator import Coordinator
 from actors.flush import FLUSH_SECONDS
 from sapo_ray.config import RunConfig
-from sapo_ray.errors import SapoError, told
+from sapo_ray.errors import SapoError, one_line, told
 from sapo_ray.progress import Reporter
 
 MAX_DEATHS = 3
@@ -77,8 +77,8 @@ class CoordinatorClient:
             except RayActorError as error:
                 self._give_up()
                 if deaths == MAX_DEATHS:
-                    raise SapoError(f"{method}: the coordinator died {deaths} times: {_one_line(error)}") from error
-                self._reporter.warn(f"{method}: the coordinator died ({_one_line(error)}) and is started again")
+                    raise SapoError(f"{method}: the coordinator died {deaths} times: {one_line(error)}") from error
+                self._reporter.warn(f"{method}: the coordinator died ({one_line(error)}) and is started again")
             except RayError as error:
                 raise SapoError(f"{method}: {told(error)}") from error
 
@@ -127,7 +127,3 @@ class CoordinatorClient:
 def _is_placed(actor: Any) -> bool:
     """Whether Ray has found a node for an actor: from then on it has a process, which may still be starting."""
     return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -26,7 +26,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTas
 
 from actors.logs import about
 from actors.worker import EngineDeadError, Place, log_tail
-from sapo_ray.errors import SapoError, told
+from sapo_ray.errors import SapoError, one_line, told
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, Load, ScalingConfig, growth, tried_together
 
@@ -364,7 +364,7 @@ class ElasticPool(Generic[Request, Result]):
         """Take a dead worker off the list; its calls fail by themselves and are retried."""
         if worker in self._workers:
             self._counts.update(dead=1, hung=int(isinstance(cause, HungError)))
-            self._say(f"worker {worker.number} is lost ({_one_line(cause)}) and will be replaced")
+            self._say(f"worker {worker.number} is lost ({one_line(cause)}) and will be replaced")
             self._remove(worker)
             self._scale()
 
@@ -509,7 +509,7 @@ class ElasticPool(Generic[Request, Result]):
         for waiting in open_:
             waiting.kills += 1
             if waiting.kills >= self._scaling.max_kills:
-                self._spawn(self._set_aside(waiting, worker, _one_line(cause)))
+                self._spawn(self._set_aside(waiting, worker, one_line(cause)))
             else:
                 self._counts["retries"] += 1
                 self._suspects.append(waiting)
@@ -558,7 +558,7 @@ class ElasticPool(Generic[Request, Result]):
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             logger.error("a task of the %s pool failed", self.name, exc_info=error)
-            self._break(WorkerError(f"{self.name} pool: {type(error).__name__}: {_one_line(error)}"))
+            self._break(WorkerError(f"{self.name} pool: {type(error).__name__}: {one_line(error)}"))
 
 
 def _about(requests: Iterable[_Waiting[Any, Any]]) -> dict[str, str]:
@@ -569,7 +569,3 @@ def _node_is_lost(error: Exception) -> bool:
     if isinstance(error, RayActorError):
         return error.preempted or "node has died" in str(error)
     return isinstance(error, AnswerLostError)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -65,19 +65,13 @@ def audit_round(
     store: RunDirectory, config: RunConfig, task: Task, number: int, checked: Counter[str]
 ) -> Iterator[str]:
     """What does not follow in one round, a line each; counts in `checked` what was looked at."""
-    yield from _audit_samples(store, task, number, "trajectories", "pool", checked)
-    yield from _repeated(store, number, "labels", checked)
+    notes = store.stages()[f"round-{number}/sample"]
+    made = notes["trajectories"]["sampled"]
+    yield from _audit_samples(store, task, number, "trajectories", "pool", checked, made)
+    yield from _repeated(store, number, "labels", checked, notes["labels"])
     yield from _repeated(store, number, "rollouts", checked)
     labelled = [labelled_of(row) for row in store.read(number, "labels")]
     rollouts = [rollout_of(row) for row in store.read(number, "rollouts")]
-    notes = store.stages()[f"round-{number}/sample"]
-    sampled = sum(1 for _ in store.read(number, "trajectories"))
-    for kind, stored, made in (
-        ("trajectories", sampled, notes["trajectories"]["sampled"]),
-        ("labels", len(labelled), notes["labels"]),
-    ):
-        if stored != made:
-            yield f"{kind}: {stored} rows are stored, but {made} were made"
     known = {rollout.id for rollout in rollouts}
     for row in labelled:
         lost = [name for estimate in row.estimates for name in estimate.rollout_ids if name not in known]
@@ -87,18 +81,29 @@ def audit_round(
         yield from _audit_predictions(store, config, number, labelled)
 
 
-def _repeated(store: RunDirectory, number: int, kind: Kind, checked: Counter[str]) -> Iterator[str]:
+def _repeated(
+    store: RunDirectory, number: int, kind: Kind, checked: Counter[str], made: int | None = None
+) -> Iterator[str]:
+    """Is each row stored once, and are they as many as were made, where that is known?"""
     key = "rollout_id" if kind == "rollouts" else "trajectory_id"
     ids = Counter(row[key] for row in store.read(number, kind))
     checked[kind] += ids.total()
+    if made is not None and ids.total() != made:
+        yield f"{kind}: {ids.total()} rows are stored, but {made} were made"
     yield from (f"{kind}: {name} is stored {count} times" for name, count in ids.items() if count > 1)
 
 
 def _audit_samples(
-    store: RunDirectory, task: Task, number: int, kind: Kind, split: Split, checked: Counter[str]
+    store: RunDirectory,
+    task: Task,
+    number: int,
+    kind: Kind,
+    split: Split,
+    checked: Counter[str],
+    made: int | None = None,
 ) -> Iterator[str]:
     """Are the samples of questions of this split, each stored once, and are their answers what their steps come to?"""
-    yield from _repeated(store, number, kind, checked)
+    yield from _repeated(store, number, kind, checked, made)
     yield from audit_answers(map(trajectory_of, store.read(number, kind)), task.questions(split), task)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from launch import signals
-from sapo_ray.errors import SapoError
+from sapo_ray.errors import SapoError, one_line, told
 
 COMMANDS = ("run", "submit", "label", "evaluate", "show", "audit", "doctor")
 
@@ -47,7 +47,7 @@ class Commands(click.Group):
         except (SapoError, OSError) as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            raise Failure(" ".join(str(error).split())) from error
+            raise Failure(one_line(error)) from error
         except KeyboardInterrupt:
             line, status = signals.last_words()
             click.echo(line, err=True)
@@ -57,8 +57,7 @@ class Commands(click.Group):
         except Exception as error:  # a full disk, say, or a fault of ours: one line, too
             if ctx.params["debug"]:
                 traceback.print_exc()
-            message = " ".join(str(error).split())
-            raise Failure(f"{type(error).__name__}: {message} (`sapo --debug …` shows where)") from error
+            raise Failure(f"{told(error)} (`sapo --debug …` shows where)") from error
 
 
 @click.command(cls=Commands, epilog="Example: sapo doctor")

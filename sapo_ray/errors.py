@@ -7,7 +7,12 @@ class SapoError(Exception):
     """Something a person can mend. The message is one line: what is wrong, where, and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text with its line breaks gone."""
+    return " ".join(str(error).split())
+
+
 def told(error: BaseException) -> str:
     """An error in one line: the text of a SapoError, that of any other after its type."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if isinstance(error, SapoError) else f"{type(error).__name__}: {text}"

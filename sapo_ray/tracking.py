@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from sapo_ray.config import RunConfig
-from sapo_ray.errors import SapoError
+from sapo_ray.errors import SapoError, one_line
 from sapo_ray.store import RunDirectory
 
 PROJECT = "sapo_ray"
@@ -78,7 +78,7 @@ class Tracking:
         try:
             self._tracker = open_tracker(self._config, self._store)
         except Exception as error:
-            raise SapoError(f"tracking by {self._config.tracking} cannot begin: {_one_line(error)}") from error
+            raise SapoError(f"tracking by {self._config.tracking} cannot begin: {_reason(error)}") from error
 
     def updates(self, stage: str, updates: Iterable[Mapping[str, float]]) -> None:
         """Take updates of a training."""
@@ -108,7 +108,7 @@ class Tracking:
             what(self._tracker)
         except Exception as error:
             self._tracker = None
-            reason = f"tracking by {self._config.tracking} ends here: {_one_line(error)}"
+            reason = f"tracking by {self._config.tracking} ends here: {_reason(error)}"
             self._warn(f"{reason}; metrics.jsonl goes on and has every figure")
 
 
@@ -235,5 +235,5 @@ def _run_id(store: RunDirectory, tool: str, make: Callable[[], str]) -> str:
     return ids[tool]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _reason(error: Exception) -> str:
+    return one_line(error) or type(error).__name__
