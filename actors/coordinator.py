@@ -77,7 +77,8 @@ class Coordinator:
     async def load_reasoner(self, checkpoint: str) -> None:
         """Hold this reasoner from now on. Raises with the engine's own cause where none can start."""
         await self._engines.load_reasoner(checkpoint)
-        self._solver = Solver(self._task, self._engines.tokenizer, self._engines.generate, self._config.seed)
+        engines = self._engines
+        self._solver = Solver(self._task, engines.tokenizer, engines.generate, self._config.seed, engines.execute)
         self._sampler = Sampler(self._solver, self._config.sampling)
 
     async def load_verifier(self, checkpoint: str) -> None:

@@ -1,4 +1,4 @@
-"""The reasoner and the verifier as two asynchronous functions, whatever pools of workers stand behind them."""
+"""The reasoner, the verifier and the sandbox as asynchronous functions, whatever pools of workers stand behind them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer
 
 from actors import logs
+from actors.executor import executor_pool
 from actors.null import null_reasoner_pool, null_verifier_pool
 from actors.pool import ElasticPool, QuarantinedError
 from actors.reasoner import reasoner_pool
@@ -27,7 +28,8 @@ from sapo_ray.cost import Cost
 from sapo_ray.data import LabelledTrajectory, Question, Trajectory
 from sapo_ray.encoding import encode
 from sapo_ray.models import Calibration, parameter_count
-from sapo_ray.requests import Completion, GenerateRequest, ScoreRequest
+from sapo_ray.requests import Completion, ExecuteRequest, GenerateRequest, ScoreRequest
+from sapo_ray.sandbox import Verdict
 from sapo_ray.tasks import Task
 
 Item = TypeVar("Item")
@@ -56,7 +58,7 @@ class Quarantine:
 
 
 class Engines:
-    """Both pools, what the stage in progress has cost so far, how far it is, and what it had to leave out."""
+    """The pools, what the stage in progress has cost so far, how far it is, and what it had to leave out."""
 
     def __init__(self, config: RunConfig, task: Task, run: str) -> None:
         """`run` is the run's name in logs and metrics."""
@@ -66,6 +68,7 @@ class Engines:
         engine, verifier, scaling = config.engine, config.verifier, config.scaling
         self._reasoners = reasoner_pool(engine, scaling) if engine.kind else null_reasoner_pool(config)
         self._verifiers = verifier_pool(verifier, scaling) if verifier.kind else null_verifier_pool(config)
+        self._executors = executor_pool(config.executor, config.sandbox, scaling)
         self.has_verifier = False
         self.calibration: Calibration | None = None
         self._spent, self._published = Cost(), Cost()
@@ -79,10 +82,12 @@ class Engines:
         self._publishing = self._publishing or asyncio.create_task(self._keep_publishing())
 
     async def load_reasoner(self, checkpoint: str) -> None:
-        """Load a reasoner into every engine, in place; the first call starts the engines.
+        """Load a reasoner into every engine, in place; the first call starts the engines, and what its programs run in.
 
         Raises with the engine's own cause where they cannot start.
         """
+        if self._config.runs_programs:
+            await self._executors.start()
         await self._reasoners.load(checkpoint)
         self._reasoner_parameters = parameter_count(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
@@ -117,7 +122,7 @@ class Engines:
 
     @property
     def _pools(self) -> tuple[ElasticPool[Any, Any], ...]:
-        return self._reasoners, self._verifiers
+        return self._reasoners, self._verifiers, self._executors
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion by the reasoner."""
@@ -133,6 +138,13 @@ class Engines:
             )
         )
         return completion
+
+    async def execute(self, request: ExecuteRequest) -> Verdict:
+        """The verdict on one program."""
+        self._asked[self._executors] += 1
+        verdict = await self._executors.submit(request)
+        spend(Cost(programs=1, program_seconds=verdict.seconds))
+        return verdict
 
     async def score(self, trajectory: Trajectory) -> tuple[float, ...]:
         """ĉ_j for every step of a trajectory, from one forward pass of the verifier.

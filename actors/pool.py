@@ -198,6 +198,11 @@ class ElasticPool(Generic[Request, Result]):
             raise
         await self.resume()
 
+    async def start(self) -> None:
+        """As `load`, of workers that hold no checkpoint; a second call does nothing."""
+        if self._checkpoint is None:
+            await self.load("")
+
     async def submit(self, request: Request) -> Result:
         """The result of one request. Waits for room while the pool holds twice what its workers can have in flight."""
         async with self._room:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import click
 
@@ -17,6 +18,7 @@ from sapo_ray.data import LabelledTrajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.labelers import fixed_start_score, make_labeler
 from sapo_ray.models import Calibration
+from sapo_ray.sandbox import Sandbox
 from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory, checkpoint_name, labelled_of, pair_of, rollout_of, trajectory_of
 from sapo_ray.tasks import make_task
@@ -30,6 +32,7 @@ from sapo_ray.tasks.base import Split, Task
 def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
     """Re-derive every label of RUN from its stored rollouts, every predicted first error from its scores, every answer
     from its steps and every pair from its solutions and their scores; look for anything stored twice or missing.
+    Programs are run again.
 
     Exits with 1 if something does not follow.
 
@@ -41,16 +44,9 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
     if not store.folder.has("config.yaml"):
         raise SapoError(f"{run_dir} is no run: it has no config.yaml")
     config = load_config(RunConfig, store.folder.locate("config.yaml"))
-    task, checked, problems = make_task(config.task), Counter[str](), list[str]()
-    if store.done("round-0/validation"):
-        samples = _audit_samples(store, task, 0, "validation", "validation", checked)
-        problems += [f"validation: {problem}" for problem in samples]
-    for number in range(config.rounds + 1):
-        if store.done(f"round-{number}/sample"):
-            found = audit_round(store, config, task, number, checked)
-            problems += [f"round {number}: {problem}" for problem in found]
-        if store.done(f"round-{number}/pairs"):
-            problems += [f"round {number}: {problem}" for problem in _audit_pairs(store, config, number, checked)]
+    task, checked = make_task(config.task), Counter[str]()
+    with Sandbox(config.sandbox) if config.runs_programs else nullcontext() as sandbox:
+        problems = list(_audit_run(store, config, task, checked, sandbox))
     if as_json:
         click.echo(json.dumps({"checked": dict(checked), "problems": problems}))
     else:
@@ -61,13 +57,32 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
     ctx.exit(int(bool(problems)))
 
 
+def _audit_run(
+    store: RunDirectory, config: RunConfig, task: Task, checked: Counter[str], sandbox: Sandbox | None
+) -> Iterator[str]:
+    if store.done("round-0/validation"):
+        samples = _audit_samples(store, task, 0, "validation", "validation", checked, sandbox=sandbox)
+        yield from (f"validation: {problem}" for problem in samples)
+    for number in range(config.rounds + 1):
+        if store.done(f"round-{number}/sample"):
+            found = audit_round(store, config, task, number, checked, sandbox)
+            yield from (f"round {number}: {problem}" for problem in found)
+        if store.done(f"round-{number}/pairs"):
+            yield from (f"round {number}: {problem}" for problem in _audit_pairs(store, config, number, checked))
+
+
 def audit_round(
-    store: RunDirectory, config: RunConfig, task: Task, number: int, checked: Counter[str]
+    store: RunDirectory,
+    config: RunConfig,
+    task: Task,
+    number: int,
+    checked: Counter[str],
+    sandbox: Sandbox | None = None,
 ) -> Iterator[str]:
     """What does not follow in one round, a line each; counts in `checked` what was looked at."""
     notes = store.stages()[f"round-{number}/sample"]
     made = notes["trajectories"]["sampled"]
-    yield from _audit_samples(store, task, number, "trajectories", "pool", checked, made)
+    yield from _audit_samples(store, task, number, "trajectories", "pool", checked, made, sandbox)
     yield from _repeated(store, number, "labels", checked, notes["labels"])
     yield from _repeated(store, number, "rollouts", checked)
     labelled = [labelled_of(row) for row in store.read(number, "labels")]
@@ -101,10 +116,11 @@ def _audit_samples(
     split: Split,
     checked: Counter[str],
     made: int | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Iterator[str]:
     """Are the samples of questions of this split, each stored once, and are their answers what their steps come to?"""
     yield from _repeated(store, number, kind, checked, made)
-    yield from audit_answers(map(trajectory_of, store.read(number, kind)), task.questions(split), task)
+    yield from audit_answers(map(trajectory_of, store.read(number, kind)), task.questions(split), task, sandbox)
 
 
 def _audit_pairs(store: RunDirectory, config: RunConfig, number: int, checked: Counter[str]) -> Iterator[str]:

@@ -82,16 +82,18 @@ def phases(config: RunConfig) -> list[list[Demand]]:
         "engine": config.engine,
         "verifier": config.verifier,
         "trainer": config.trainer,
+        "executor": config.executor,
     }
-    engine, verifier, trainer = (
+    engine, verifier, trainer, executor = (
         # A pool that may shrink to nothing still needs one worker to get anywhere.
         Demand(name, max(1, c.workers), {"CPU": c.cpus_per_worker, "GPU": c.gpus_per_worker})
         for name, c in sections.items()
     )
     coordinator = Demand("ray", 1, {"CPU": config.ray.coordinator_cpus})
+    pools = [engine, verifier, *([executor] if config.runs_programs else [])]
     if config.placement == "colocated" and not config.engine.sleep:
-        return [[engine, verifier, coordinator], [trainer, coordinator]]
-    return [[engine, verifier, trainer, coordinator]]
+        return [[*pools, coordinator], [trainer, coordinator]]
+    return [[*pools, trainer, coordinator]]
 
 
 def check_fits(config: RunConfig, nodes: Sequence[Nodes]) -> None:

@@ -22,6 +22,7 @@ from sapo_ray.labelers import (
     verify,
 )
 from sapo_ray.pairs import PairsConfig, make_pairs
+from sapo_ray.sandbox import Sandbox
 from sapo_ray.tasks import Task
 
 
@@ -57,8 +58,13 @@ def audit_predictions(labelled: Iterable[LabelledTrajectory], make_labeler: Make
             )
 
 
-def audit_answers(trajectories: Iterable[Trajectory], questions: Iterable[Question], task: Task) -> Iterator[str]:
-    """One line for every sampled trajectory of another question, or whose answer is not what its steps come to."""
+def audit_answers(
+    trajectories: Iterable[Trajectory], questions: Iterable[Question], task: Task, sandbox: Sandbox | None = None
+) -> Iterator[str]:
+    """One line for every sampled trajectory of another question, or whose answer is not what its steps come to.
+
+    Programs are run again, in `sandbox`.
+    """
     known = {question.id: question for question in questions}
     for trajectory in trajectories:
         question = known.get(trajectory.question_id)
@@ -66,7 +72,8 @@ def audit_answers(trajectories: Iterable[Trajectory], questions: Iterable[Questi
             yield f"{trajectory.id}: {trajectory.question_id} is no question that is sampled here"
             continue
         answer = None if trajectory.truncated else task.answer(trajectory.steps)
-        correct = task.is_correct(answer, question.answer)
+        program = task.program(answer, question.answer) if sandbox else None
+        correct = sandbox.run(program).passed if sandbox and program else task.is_correct(answer, question.answer)
         if (trajectory.answer, trajectory.correct) != (answer, correct):
             yield (
                 f"{trajectory.id}: its answer {trajectory.answer!r} is {_verdict(trajectory.correct)}, "

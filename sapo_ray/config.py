@@ -14,10 +14,11 @@ from sapo_ray.evaluator import EvaluationConfig
 from sapo_ray.labelers import LabelingConfig
 from sapo_ray.models import ModelConfig
 from sapo_ray.pairs import PairsConfig
-from sapo_ray.requests import EngineConfig, SimulationConfig, VerifierConfig
+from sapo_ray.requests import EngineConfig, ExecutorConfig, SimulationConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
+from sapo_ray.sandbox.config import SandboxConfig
 from sapo_ray.scaling import ScalingConfig
-from sapo_ray.tasks import ChainConfig, CustomConfig, MathConfig
+from sapo_ray.tasks import ChainConfig, CodeConfig, CustomConfig, MathConfig
 from sapo_ray.training import TrainConfig, TrainerConfig
 
 
@@ -74,7 +75,7 @@ class RunConfig:
     nowhere. The environment says the rest, such as WANDB_API_KEY and MLFLOW_TRACKING_URI."""
     initial_labeler: Literal["omega", "shepherd", "outcome"] = "omega"
     """Who labels round 0, when there is no verifier yet."""
-    task: ChainConfig | MathConfig | CustomConfig = field(default_factory=ChainConfig)
+    task: ChainConfig | MathConfig | CodeConfig | CustomConfig = field(default_factory=ChainConfig)
     """The problems. `task.kind` says which, and so which keys there are."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The base model M: a checkpoint, or, of a task that brings its own alphabet, a Qwen2 with random weights."""
@@ -96,6 +97,10 @@ class RunConfig:
     """The rollout workers."""
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     """The scoring workers."""
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    """The workers that run programs; there are some only where the task's answers are programs."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    """What programs run in."""
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     """What workers of kind null do: how often they err and how long they take."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
@@ -118,3 +123,8 @@ class RunConfig:
                 raise ValueError(f"{pool}.kind is null; workers without a model solve the task chain alone")
         if not (self.verify or self.pairs.require_outcome):
             raise ValueError("pairs.require_outcome is false; without `verify` there is nothing else to pair by")
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether answers are programs, which are judged by running them."""
+        return isinstance(self.task, CodeConfig)

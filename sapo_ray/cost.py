@@ -11,7 +11,8 @@ class Cost:
     """A sum of costs. Tokens cached by the engine's prefix cache were not computed and cost no FLOPs.
 
     FLOPs are counted as 2 · parameters a token for a forward pass and 6 · parameters a token for training (Kaplan et
-    al., arXiv 2001.08361); attention's quadratic part is left out.
+    al., arXiv 2001.08361); attention's quadratic part is left out. `program_seconds` sums what sandboxed programs took,
+    each by the clock, though several run at once.
     """
 
     trajectories: int = 0
@@ -22,6 +23,8 @@ class Cost:
     generated_tokens: int = 0
     scored_tokens: int = 0
     trained_tokens: int = 0
+    programs: int = 0
+    program_seconds: float = 0.0
     flops: float = 0.0
 
     def __iadd__(self, other: Cost) -> Cost:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sapo_ray.config_loader import changeable
 from sapo_ray.encoding import Encoded
+from sapo_ray.sandbox.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,14 @@ class ScoreRequest:
 
     id: str
     encoded: Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class ExecuteRequest:
+    """The verdict on one program."""
+
+    id: str
+    program: Program
 
 
 @dataclass(kw_only=True)
@@ -190,6 +199,18 @@ class VerifierConfig(PoolConfig):
         super().__post_init__()
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class ExecutorConfig(PoolConfig):
+    threads: int = changeable(0)
+    """Programs that a worker runs at once; 0 takes `cpus_per_worker`, rounded down, and at least one."""
+    cpus_per_worker: float = changeable(0.3)
+    """CPUs that Ray reserves for a worker."""
+    batch_size: int = changeable(4)
+    """Most programs in one call of a worker."""
+    in_flight: int = changeable(2)
+    """Calls a worker has at once: while one is answered, the programs of the other run."""
 
 
 def cpu_threads(config: PoolConfig) -> int:

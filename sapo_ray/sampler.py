@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from sapo_ray.concurrency import together
 from sapo_ray.data import Question, Trajectory, seed_of
 from sapo_ray.encoding import Encoded, encode
-from sapo_ray.requests import Completion, GenerateRequest, Sampling
+from sapo_ray.requests import Completion, ExecuteRequest, GenerateRequest, Sampling
+from sapo_ray.sandbox.program import Verdict
 from sapo_ray.tasks.base import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Generate = Callable[[GenerateRequest], Awaitable[Completion]]
+Execute = Callable[[ExecuteRequest], Awaitable[Verdict]]
 
 
 @dataclass(kw_only=True)
@@ -89,8 +91,17 @@ class Solution:
 class Solver:
     """Asks the reasoner to go on from prefixes of a question's solution, and reads what comes back."""
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, generate: Generate, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        generate: Generate,
+        seed: int,
+        execute: Execute | None = None,
+    ) -> None:
+        """`execute` runs the programs of a task whose answers are programs."""
         self.task, self._tokenizer, self._generate, self._seed = task, tokenizer, generate, seed
+        self._execute = execute
 
     def prefix(self, question: Question, steps: tuple[str, ...] = ()) -> Prefix:
         """A prefix of a solution of `question`; the bare question without `steps`."""
@@ -116,8 +127,16 @@ class Solver:
         if not completion.finished:
             steps = steps[:-1]
         answer = self.task.answer([*prefix.steps, *steps]) if completion.finished else None
-        correct = self.task.is_correct(answer, prefix.question.answer)
+        correct = await self._is_correct(request_id, answer, prefix.question.answer)
         return Solution(steps, answer, correct, not completion.finished)
+
+    async def _is_correct(self, request_id: str, answer: str | None, gold: str) -> bool:
+        program = self.task.program(answer, gold)
+        if program is None:
+            return self.task.is_correct(answer, gold)
+        if self._execute is None:
+            raise RuntimeError(f"request {request_id}: there is nothing to run its program with")
+        return (await self._execute(ExecuteRequest(request_id, program))).passed
 
 
 class Sampler:

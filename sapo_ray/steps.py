@@ -21,6 +21,7 @@ _NO_SENTENCE_END = re.compile(
     r"""(?:(?:^|[\s("'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Prof|No|vs|etc|e\.g|i\.e|approx)|^\s*[0-9]+)\.$"""
 )
 """A sentence so far whose full stop ends a title, an initial, an abbreviation or the number of a list's item."""
+_FENCE = re.compile(r"\s*```[\w+-]*\s*")
 _OPEN = ("EOF in multi-line statement", "EOF in multi-line string")
 
 
@@ -30,7 +31,7 @@ def split_steps(text: str, unit: StepUnit) -> tuple[str, ...]:
     `line`: ended by a newline. `paragraph`: by one or more blank lines. `sentence`: by `.`, `!`, `?` or `…` before
     whitespace, or by a newline; not by the stop of a common abbreviation, an initial or a list's number. `statement`:
     a logical line of Python, which goes on within brackets and triple quotes; what a cut-off text leaves open is one
-    last step.
+    last step, and the fences of a Markdown code block count as whitespace.
 
     A text without content is one step, and the empty text none.
     """
@@ -40,13 +41,14 @@ def split_steps(text: str, unit: StepUnit) -> tuple[str, ...]:
         "sentence": _sentences,
         "statement": _statements,
     }
-    return tuple(_with_content(cut[unit](text)))
+    is_empty = _is_fence if unit == "statement" else str.isspace
+    return tuple(_with_content(cut[unit](text), is_empty))
 
 
-def _with_content(pieces: Iterable[str]) -> Iterator[str]:
+def _with_content(pieces: Iterable[str], is_empty: Callable[[str], bool]) -> Iterator[str]:
     step = ""
     for piece in pieces:
-        if step and not step.isspace() and not piece.isspace():
+        if step and not is_empty(step) and not is_empty(piece):
             yield step
             step = ""
         step += piece
@@ -70,6 +72,10 @@ def _statements(text: str) -> Iterator[str]:
         end = _statement_end(lines, start)
         yield "".join(lines[start:end])
         start = end
+
+
+def _is_fence(text: str) -> bool:
+    return text.isspace() or _FENCE.fullmatch(text) is not None
 
 
 def _statement_end(lines: list[str], start: int) -> int:

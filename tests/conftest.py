@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 from pyarrow import fs
 
+from sapo_ray.sandbox import bubblewrap
 from tests.disks import Disk
 
 # A shell without job control has its background jobs ignore SIGINT, by which a lost lease, for one, ends a driver.
@@ -41,6 +42,12 @@ def data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; SAPO_DATA says where it is")
     return path
+
+
+@pytest.fixture(scope="session")
+def needs_bubblewrap() -> None:
+    if fault := bubblewrap.fault():
+        pytest.skip(f"bubblewrap: {fault[0]}; to mend it: {fault[1]}")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import builtins
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +42,10 @@ class Verdict:
     output: str
     seconds: float
 
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "pass"
+
 
 def mbpp_program(record: Mapping[str, Any], solution: str) -> Program:
     """A solution of an MBPP question, given as its record in either edition of the data set.
@@ -55,6 +60,23 @@ def mbpp_program(record: Mapping[str, Any], solution: str) -> Program:
     defined = [node.name for node in reference if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     used = {node.id for node in ast.walk(ast.parse("\n".join((setup, *tests)))) if isinstance(node, ast.Name)}
     return Program(solution, tuple(name for name in defined if name in used), tests, "\n".join((*imports, setup)))
+
+
+def asserts_program(tests: Sequence[str], solution: str) -> Program:
+    """A solution of any question whose tests are statements. They see of it the names that they use and do not bind.
+
+    Raises SyntaxError for tests that are no Python, ValueError where there are none.
+    """
+    used, bound = set[str](), set(dir(builtins))
+    for node in ast.walk(ast.parse("\n".join(tests))):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.alias(name=name, asname=None) | ast.alias(asname=name):
+                bound.add(str(name).partition(".")[0])
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
+                bound.add(name)
+    return Program(solution, tuple(sorted(used - bound)), tuple(tests))
 
 
 def humaneval_program(record: Mapping[str, Any], solution: str) -> Program:

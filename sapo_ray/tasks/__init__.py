@@ -2,15 +2,18 @@
 
 from sapo_ray.tasks.base import SPLITS, OracleLabels, Split, Task
 from sapo_ray.tasks.chain import Chain, ChainConfig
+from sapo_ray.tasks.code import Code, CodeConfig
 from sapo_ray.tasks.custom import CustomConfig, make_custom
 from sapo_ray.tasks.mathematics import Math, MathConfig
 
-TaskConfig = ChainConfig | MathConfig | CustomConfig
+TaskConfig = ChainConfig | MathConfig | CodeConfig | CustomConfig
 
 __all__ = [
     "SPLITS",
     "Chain",
     "ChainConfig",
+    "Code",
+    "CodeConfig",
     "CustomConfig",
     "Math",
     "MathConfig",
@@ -24,6 +27,11 @@ __all__ = [
 
 def make_task(config: TaskConfig) -> Task:
     """The task that a config describes; its class follows from the config's."""
-    if isinstance(config, ChainConfig):
-        return Chain(config)
-    return Math(config) if isinstance(config, MathConfig) else make_custom(config)
+    match config:
+        case ChainConfig():
+            return Chain(config)
+        case MathConfig():
+            return Math(config)
+        case CodeConfig():
+            return Code(config)
+    return make_custom(config)

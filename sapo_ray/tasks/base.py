@@ -8,6 +8,7 @@ from typing import Literal, Protocol, get_args
 
 from sapo_ray.data import Question
 from sapo_ray.encoding import Prompt
+from sapo_ray.sandbox.program import Program
 
 Split = Literal["worked", "pool", "validation", "test", "ood"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -30,7 +31,7 @@ class OracleLabels:
 class Task(Protocol):
     """One task. All methods are pure, so any process can build the task from the config and use it.
 
-    A class that derives from this one has no alphabet, no oracle and no remarks unless it says otherwise.
+    A class that derives from this one has no alphabet, no programs, no oracle and no remarks unless it says otherwise.
     """
 
     alphabet: str | None = None
@@ -50,7 +51,12 @@ class Task(Protocol):
         """The final answer a solution states, or None."""
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
-        """Whether an answer agrees with the gold answer. None never does."""
+        """Whether an answer agrees with the gold answer. None never does. Not asked where there is a `program`."""
+
+    def program(self, answer: str | None, gold: str) -> Program | None:
+        """Where answers are programs: the one whose verdict says whether the answer is right. None: `is_correct` says
+        it, as it does of no answer."""
+        return None
 
     def oracle(self, question: Question, steps: Sequence[str]) -> OracleLabels | None:
         """True step labels, or None where the task has no oracle."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +21,11 @@ from sapo_ray.tasks.base import Split, Task
 from sapo_ray.tasks.prompts import PromptConfig, fill, read_template, written
 from sapo_ray.tasks.sources import SourceConfig, read_source
 
+Record = Mapping[str, Any]
+
+_MARGIN = re.compile(r"\A(?:\s*\n)?|\s+\Z")
+"""What a text of a record loses: empty lines before it, and all space after it. Its first line, which may be Python,
+stays indented."""
 _LISTED = 5
 """Records that do not fit of which a message says where they are and why."""
 
@@ -78,12 +83,12 @@ class DataTask(Task):
         """What a prompt's template is given beside `question` and `examples`."""
 
     @abstractmethod
-    def gold(self, text: str) -> str:
-        """The gold answer that a record's `answer` gives."""
+    def gold(self, source: SourceConfig, record: Record) -> str:
+        """The gold answer of a record. Raises SapoError where it has none."""
 
     @abstractmethod
-    def ending(self, gold: str) -> str:
-        """The line by which a solution states an answer, without the newline before it."""
+    def worked(self, solution: str, gold: str) -> str:
+        """A worked solution as it is learned. Raises SapoError for one that does not come to the gold answer."""
 
     def questions(self, split: Split) -> Sequence[Question]:
         return self._divided[0][split]
@@ -157,22 +162,13 @@ class DataTask(Task):
             raise SapoError(f"task.{name}_data has no questions")
         return questions
 
-    def _question(self, name: str, source: SourceConfig, record: Any) -> Question:
-        question, gold = (_field(source, key, record) for key in ("question", "answer"))
-        gold = self.gold(gold)
-        solution = None if source.solution is None else self._solution(source, record, gold)
-        return Question(name, question, gold, solution)
-
-    def _solution(self, source: SourceConfig, record: Any, gold: str) -> tuple[str, ...]:
-        """The steps of a worked solution, to which a last line is added where it does not state its answer."""
-        text = _field(source, "solution", record)
+    def _question(self, name: str, source: SourceConfig, record: Record) -> Question:
+        question, gold = field_of(source, "question", record), self.gold(source, record)
+        if source.solution is None:
+            return Question(name, question, gold)
+        text = field_of(source, "solution", record)
         text = re.sub(source.strip, "", text) if source.strip else text
-        stated = self.answer([text])
-        if stated is None:
-            text = f"{text}\n{self.ending(gold)}"
-        elif not self.is_correct(stated, gold):
-            raise SapoError(f"the solution comes to {stated!r} and not to the answer {gold!r}")
-        return self.split(text)
+        return Question(name, question, gold, self.split(self.worked(text, gold)))
 
 
 class _Cut:
@@ -215,17 +211,18 @@ def _content(question: Question) -> str:
     return " ".join(question.text.split()).casefold()
 
 
-def _field(source: SourceConfig, key: str, record: Any) -> str:
-    """One text of a record. Raises SapoError where it has none."""
+def field_of(source: SourceConfig, key: str, record: Record) -> str:
+    """The text of a record that the source's `key` names. Raises SapoError where it has none."""
     wanted = getattr(source, key)
     if "{{" in wanted:
-        text = fill(wanted, key, record).strip()
+        text = fill(wanted, key, record)
     elif wanted not in record:
         raise SapoError(f"there is no {wanted!r}; {key} must name one of {', '.join(map(str, record))}")
     elif not isinstance(record[wanted], str | int | float):
         raise SapoError(f"{wanted!r} is {type(record[wanted]).__name__}, no text or number")
     else:
-        text = str(written(record[wanted])).strip()
+        text = str(written(record[wanted]))
+    text = _MARGIN.sub("", text)
     if not text:
         raise SapoError(f"{key} is empty")
     return text

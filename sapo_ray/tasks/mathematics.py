@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sapo_ray.errors import SapoError
 from sapo_ray.tasks.answers import Convention, read_answer, same_answer, same_text
-from sapo_ray.tasks.dataset import DataConfig, DataTask
+from sapo_ray.tasks.dataset import DataConfig, DataTask, Record, field_of
+from sapo_ray.tasks.sources import SourceConfig
 
 
 @dataclass(kw_only=True)
@@ -31,11 +33,19 @@ class Math(DataTask):
     def variables(self) -> dict[str, object]:
         return {"convention": self.config.convention}
 
-    def gold(self, text: str) -> str:
+    def gold(self, source: SourceConfig, record: Record) -> str:
+        text = field_of(source, "answer", record).strip()
         return read_answer(text, self.config.convention) or text
 
-    def ending(self, gold: str) -> str:
-        return f"#### {gold}" if self.config.convention == "hashes" else f"The answer is $\\boxed{{{gold}}}$."
+    def worked(self, solution: str, gold: str) -> str:
+        """With a last line that states the answer, where it does not state one itself."""
+        stated = self.answer([solution])
+        if stated is None:
+            hashes = self.config.convention == "hashes"
+            return f"{solution}\n#### {gold}" if hashes else f"{solution}\nThe answer is $\\boxed{{{gold}}}$."
+        if not self.is_correct(stated, gold):
+            raise SapoError(f"the solution comes to {stated!r} and not to the answer {gold!r}")
+        return solution
 
     def answer(self, steps: Sequence[str]) -> str | None:
         return read_answer("".join(steps), self.config.convention)

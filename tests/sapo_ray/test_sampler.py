@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,12 @@ from hypothesis import strategies as st
 
 from sapo_ray.data import Question, Trajectory, seed_of
 from sapo_ray.models import character_tokenizer
-from sapo_ray.requests import Completion, GenerateRequest
+from sapo_ray.requests import Completion, ExecuteRequest, GenerateRequest
 from sapo_ray.sampler import Sampler, SamplingConfig, Solver, original_trajectory, round_questions
+from sapo_ray.sandbox import Verdict
+from sapo_ray.tasks import Code, CodeConfig
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
+from sapo_ray.tasks.sources import SourceConfig
 
 TASK = Chain(ChainConfig())
 TOKENIZER = character_tokenizer(VOCABULARY, 512)
@@ -68,6 +73,29 @@ def test_a_truncated_solution_has_no_answer_even_where_it_shows_one() -> None:
 
 def test_a_solution_cut_off_in_its_first_step_is_none() -> None:
     assert unique(Reasoner(lambda _: "7+3…"), samples=1) == []
+
+
+def test_a_program_is_run_and_its_verdict_says_whether_it_is_right(tmp_path: Path) -> None:
+    record = {"question": "Double x.", "tests": ["assert f(2) == 4"]}
+    (tmp_path / "code.jsonl").write_text(json.dumps(record))
+    source = SourceConfig(path=str(tmp_path / "code.jsonl"), answer="tests")
+    task = Code(CodeConfig(train_data=source, worked=0, validation=0, test=1))
+    (question,) = task.questions("test")
+    asked: list[ExecuteRequest] = []
+
+    async def execute(request: ExecuteRequest) -> Verdict:
+        asked.append(request)
+        right = "2" in request.program.solution
+        return Verdict("pass" if right else "timeout", "", "", 0.1)
+
+    texts = ["def f(x):\n    return 2 * x", "def f(x):\n    return x", "", "def f(x):\n    return 2 * x…"]
+    solver = Solver(task, TOKENIZER, Reasoner(texts.__getitem__), 0, execute)
+    samples = asyncio.run(Sampler(solver, SamplingConfig()).sample(question, "s", range(4)))
+    assert [sample.correct for sample in samples] == [True, False, False, False]
+    assert [(r.id, r.program.solution) for r in asked] == [("s/train-1/0", texts[0]), ("s/train-1/1", texts[1])]
+    blind = Sampler(Solver(task, TOKENIZER, Reasoner(texts.__getitem__), 0), SamplingConfig())
+    with pytest.raises(RuntimeError, match=r"request s/train-1/0: there is nothing to run its program with"):
+        asyncio.run(blind.sample(question, "s", [0]))
 
 
 def test_requests_carry_prompt_seed_and_decoding() -> None:

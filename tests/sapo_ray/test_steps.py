@@ -48,6 +48,9 @@ def check(text: str, unit: StepUnit) -> tuple[str, ...]:
         ("statement", "x = 1\ny = f(\n  1,\n  2", ["x = 1\n", "y = f(\n  1,\n  2"]),
         ("statement", "x = 1\ny = '''a\nb", ["x = 1\n", "y = '''a\nb"]),
         ("statement", "It's prose.\nx = 1\n", ["It's prose.\n", "x = 1\n"]),
+        ("statement", "```python\nx = 1\ny = 2\n```\nDone.", ["```python\nx = 1\n", "y = 2\n```\n", "Done."]),
+        ("statement", "So:\n\n```\nx = 1\n```", ["So:\n\n```\n", "x = 1\n```"]),
+        ("line", "```\nx\n", ["```\n", "x\n"]),
     ],
 )  # fmt: skip
 def test_steps_by_hand(unit: StepUnit, text: str, steps: list[str]) -> None:
