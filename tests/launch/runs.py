@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from sapo_ray.shards import Kind
+from sapo_ray.shards import PROGRESS, Kind, read_progress
 from sapo_ray.store import RunDirectory
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
@@ -96,6 +96,13 @@ def assert_nothing_is_lost(store: RunDirectory, undisturbed: RunDirectory) -> No
         questions = [{row["question_id"] for row in s.read(number, "trajectories")} for s in (store, undisturbed)]
         assert questions[0] == questions[1]
     assert [entry["quarantined"] for entry in store.summary()["rounds"]] == [0, 0]
+
+
+def shards(store: RunDirectory) -> dict[str, str]:
+    """The checksums of all shards of finished stages, and of those that an unfinished one goes on from."""
+    records = [notes.get("files", {}) for notes in store.stages().values()]
+    records += [read_progress(store.folder, name)["files"] for name in store.folder.sizes() if name.endswith(PROGRESS)]
+    return {name: r["sha256"] for files in records for name, r in files.items() if name.endswith(".parquet")}
 
 
 def rows(store: RunDirectory) -> dict[str, bytes]:

@@ -13,12 +13,13 @@ import pytest
 
 from sapo_ray.store import RunDirectory
 from tests.disks import Disk
-from tests.launch.runs import DRIVER, NULL, Running, assert_nothing_is_lost, rows
+from tests.launch.runs import DRIVER, NULL, Running, assert_nothing_is_lost, rows, shards
 
 ROLLOUT, ENGINE, VERIFIER = "ray::RolloutWorker", "VLLM::EngineCore", "ray::VerifierWorker"
 COORDINATOR, TRAINER = "ray::Coordinator", "ray::RayTrainWorker"
 NULL_REASONER, NULL_VERIFIER = "ray::NullReasoner", "ray::NullVerifier"
 KILLS = 4
+SHARDS = "ray.questions_per_shard=4"
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -110,7 +111,7 @@ def test_with_null_engines_four_kills_at_random_moments_change_no_byte(
     undisturbed: RunDirectory, tmp_path: Path, seed: int
 ) -> None:
     victims = [NULL_REASONER, NULL_VERIFIER, COORDINATOR, TRAINER, DRIVER]
-    for run in _killed_at_random(tmp_path / "run", random.Random(seed), victims, *NULL):
+    for run in _killed_at_random(tmp_path / "run", random.Random(seed), victims, *NULL, SHARDS):
         assert run.end() in (0, -signal.SIGKILL), "".join(run.lines)
     assert_nothing_is_lost(RunDirectory(tmp_path / "run"), undisturbed)
     assert rows(RunDirectory(tmp_path / "run")) == rows(undisturbed)
@@ -120,18 +121,22 @@ def test_with_null_engines_four_kills_at_random_moments_change_no_byte(
 @pytest.mark.parametrize("seed", range(5))
 def test_four_kills_at_random_moments_of_one_run(finished: RunDirectory, tmp_path: Path, seed: int) -> None:
     victims = [ROLLOUT, ENGINE, VERIFIER, COORDINATOR, TRAINER, DRIVER]
-    for run in _killed_at_random(tmp_path / "run", random.Random(seed), victims):
+    for run in _killed_at_random(tmp_path / "run", random.Random(seed), victims, SHARDS):
         assert run.end() in (0, -signal.SIGKILL), "".join(run.lines)
     assert_nothing_is_lost(RunDirectory(tmp_path / "run"), finished)
 
 
 def _killed_at_random(path: Path, rng: random.Random, victims: Sequence[str], *overrides: str) -> Iterator[Running]:
-    """The same command again and again: killed at random until `KILLS` are done, then left to its end."""
-    kills = 0
+    """The same command again and again: killed at random until `KILLS` are done, then left to its end.
+
+    Nothing that was stored when something was killed is sampled again: the shards stay as they are.
+    """
+    kills, stored = 0, dict[str, str]()
     run = Running(path, *overrides)
     while kills < KILLS and (run.process.poll() is None or run.process.returncode != 0):
         time.sleep(rng.uniform(2, 12))
         victim = rng.choice(victims)
+        stored |= shards(run.store)
         if run.process.poll() is None and run.kill(victim):
             kills += 1
         if run.process.poll() is not None or victim == DRIVER:
@@ -139,3 +144,5 @@ def _killed_at_random(path: Path, rng: random.Random, victims: Sequence[str], *o
             run = Running(path, *overrides)
     assert kills == KILLS, "the run ended before it was killed so often"
     yield run
+    assert stored
+    assert stored.items() <= shards(run.store).items()
