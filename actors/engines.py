@@ -122,7 +122,8 @@ class Engines:
 
     @property
     def _pools(self) -> tuple[ElasticPool[Any, Any], ...]:
-        return self._reasoners, self._verifiers, self._executors
+        executors = [self._executors] if self._config.runs_programs else []
+        return self._reasoners, self._verifiers, *executors
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion by the reasoner."""

@@ -54,7 +54,7 @@ class Code(DataTask):
             raise SapoError(f"its tests cannot be read: {error}") from error
         return json.dumps({"before": before, **asdict(program)})
 
-    def worked(self, solution: str, gold: str) -> str:
+    def learned(self, solution: str, gold: str) -> str:
         return solution
 
     def answer(self, steps: Sequence[str]) -> str | None:

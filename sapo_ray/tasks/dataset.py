@@ -87,7 +87,7 @@ class DataTask(Task):
         """The gold answer of a record. Raises SapoError where it has none."""
 
     @abstractmethod
-    def worked(self, solution: str, gold: str) -> str:
+    def learned(self, solution: str, gold: str) -> str:
         """A worked solution as it is learned. Raises SapoError for one that does not come to the gold answer."""
 
     def questions(self, split: Split) -> Sequence[Question]:
@@ -168,7 +168,7 @@ class DataTask(Task):
             return Question(name, question, gold)
         text = field_of(source, "solution", record)
         text = re.sub(source.strip, "", text) if source.strip else text
-        return Question(name, question, gold, self.split(self.worked(text, gold)))
+        return Question(name, question, gold, self.split(self.learned(text, gold)))
 
 
 class _Cut:

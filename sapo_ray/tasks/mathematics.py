@@ -37,7 +37,7 @@ class Math(DataTask):
         text = field_of(source, "answer", record).strip()
         return read_answer(text, self.config.convention) or text
 
-    def worked(self, solution: str, gold: str) -> str:
+    def learned(self, solution: str, gold: str) -> str:
         """With a last line that states the answer, where it does not state one itself."""
         stated = self.answer([solution])
         if stated is None:
