@@ -57,7 +57,7 @@ def offered_nodes() -> list[Nodes]:
     ]
     up = Counter(group for _, group in alive)
     for name, group in groups.items():
-        count = _UNLIMITED if group.max_count < 0 else group.max_count  # Ray's -1 is no limit
+        count = _UNLIMITED if group.max_count < 0 else max(group.max_count, up[name])  # Ray's -1 is no limit
         if name in sized:
             resources = {kind: math.inf if amount < 0 else amount for kind, amount in group.resources.items()}
             nodes.append(Nodes(f"node type {name}", count, resources))

@@ -59,6 +59,12 @@ def test_a_node_that_is_up_is_one_of_its_group(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+def test_nodes_beyond_an_announced_limit_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the limit of a running cluster is raised."""
+    group = SimpleNamespace(name="gpu", max_count=1, resources={"CPU": 16})
+    assert _announced(monkeypatch, [group], [("a", "gpu", 16.0), ("b", "gpu", 16.0)])[0].count == 2
+
+
 def test_machines_of_unknown_size_may_hold_anything_until_all_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = [SimpleNamespace(name="machine", max_count=2, resources={})]
     config = _only(1, 16.0, 0.0)
