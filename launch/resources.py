@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from sapo_ray.training import TrainerConfig
 
 _UNLIMITED = sys.maxsize
 """Nodes of a group that may have any number of them: an integer, since none times infinity would be no number."""
+_ANYTHING = {"CPU": math.inf, "GPU": math.inf}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +39,32 @@ class Demand:
 
 
 def offered_nodes() -> list[Nodes]:
-    """What the connected cluster has, and what its autoscaler may add: anything, where it does not say what."""
+    """What the connected cluster has, and what its autoscaler may add: anything, where nobody said what.
+
+    `cluster/announce.py` says it. A node that is up without its group's label counts beside its group: too much is
+    offered then, never too little.
+    """
     import ray
 
     cluster = ray._private.state.state.get_cluster_config()
     groups = {group.name: group for group in cluster.node_group_configs} if cluster else {}
+    sized = {name for name, group in groups.items() if group.resources}
+    alive = [(node, node["Labels"].get("ray.io/node-group")) for node in ray.nodes() if node["Alive"]]
     nodes = [
         Nodes(node["NodeManagerHostname"], 1, node["Resources"])
-        for node in ray.nodes()
-        if node["Alive"]
-        and node["Labels"].get("ray.io/node-group") not in groups  # else it is one of those that may be
+        for node, group in alive
+        if group not in sized  # else it is one of those that may be
     ]
-    nodes += [
-        Nodes(
-            f"node type {name}",
-            _UNLIMITED if group.max_count < 0 else group.max_count,  # Ray's -1 is no limit
-            {kind: math.inf if amount < 0 else amount for kind, amount in group.resources.items()},
-        )
-        for name, group in groups.items()
-    ]
+    up = Counter(group for _, group in alive)
+    for name, group in groups.items():
+        count = _UNLIMITED if group.max_count < 0 else max(group.max_count, up[name])  # Ray's -1 is no limit
+        if name in sized:
+            resources = {kind: math.inf if amount < 0 else amount for kind, amount in group.resources.items()}
+            nodes.append(Nodes(f"node type {name}", count, resources))
+        elif count > up[name]:  # what these hold is known when they have joined
+            nodes.append(Nodes(f"node type {name}, not up yet", count - up[name], _ANYTHING))
     if not cluster and _autoscales():
-        nodes.append(Nodes("what the autoscaler adds", 1, {"CPU": math.inf, "GPU": math.inf}))
+        nodes.append(Nodes("what the autoscaler adds", 1, _ANYTHING))
     return nodes
 
 

@@ -25,7 +25,9 @@ from types import TracebackType
 import psutil
 import yaml
 
+ANNOUNCE = Path(__file__).parents[1] / "announce.py"
 LOOPBACK = "127.0.0.1"
+HEAD_TYPE = "ray.head.default"
 HEAD_ID = "f" * 51 + "00000"
 """The id that Ray's fake node provider expects its head to have."""
 MARK = "SAPO_LOCAL_CLUSTER"
@@ -104,9 +106,8 @@ class LocalCluster:
             )
         if started.returncode:
             raise RuntimeError(f"Ray did not start (exit status {started.returncode}); see {log}")
-        announce = [sys.executable, __file__, "--announce", self.address, "--max-nodes", str(self._max_nodes)]
-        announce += ["--node-cpus", str(self._node_cpus)]
-        subprocess.run(announce, env=self._environment(), check=True)
+        announce = [sys.executable, str(ANNOUNCE), "--ray-up", str(config), "--address", self.address]
+        subprocess.run(announce, env=self._environment(), stdout=subprocess.DEVNULL, check=True)
 
     def _autoscaling(self) -> dict[str, object]:
         """What Ray's autoscaler is to know, in the form of a `ray up` file."""
@@ -124,9 +125,14 @@ class LocalCluster:
             },
             "auth": {"ssh_user": "nobody"},  # the schema wants one; nothing is reached over SSH
             "max_workers": self._max_nodes,
-            "head_node_type": "ray.head.default",
+            "head_node_type": HEAD_TYPE,
             "available_node_types": {
-                "ray.head.default": {"resources": {"CPU": self._head_cpus}, "node_config": {}, "max_workers": 0},
+                HEAD_TYPE: {
+                    "resources": {"CPU": self._head_cpus},
+                    "node_config": {},
+                    "min_workers": 0,
+                    "max_workers": 0,
+                },
                 "rollout": {
                     "resources": rollout,
                     "labels": {"ray.io/node-group": "rollout"},  # as Ray's own node providers have it
@@ -147,6 +153,7 @@ class LocalCluster:
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_NODE_TYPE_NAME": HEAD_TYPE,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
             **{name: value for name, value in self.variables.items() if name not in elsewhere},
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # a busy machine needs longer than Ray's 60 s
@@ -158,21 +165,6 @@ class LocalCluster:
 
     def _stop(self) -> None:
         self._janitor.communicate()  # closes what it reads from
-
-
-def announce(address: str, max_nodes: int, node_cpus: int) -> None:
-    """Say in the cluster what nodes may come, which Ray's autoscaler keeps to itself: a run that none of them could
-    hold is refused."""
-    from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE, GcsClient
-    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
-
-    rollout = NodeGroupConfig(name="rollout", max_count=max_nodes, resources={"CPU": node_cpus, "rollout_node": 1})
-    GcsClient(address).internal_kv_put(
-        GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(),
-        ClusterConfig(node_group_configs=[rollout]).SerializeToString(),
-        True,
-        GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
-    )
 
 
 def clean_up(directory: str) -> None:
@@ -212,12 +204,8 @@ def main() -> None:
     parser.add_argument(
         "--idle-timeout", type=float, default=10.0, help="seconds after which an idle node goes (default: %(default)s)"
     )
-    parser.add_argument("--announce", help=argparse.SUPPRESS)
     parser.add_argument("--clean-up", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
-    if address := options.pop("announce"):
-        announce(address, options["max_nodes"], options["node_cpus"])
-        return
     if directory := options.pop("clean_up"):
         sys.stdin.read()  # until its end
         clean_up(directory)

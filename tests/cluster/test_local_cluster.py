@@ -131,7 +131,7 @@ def test_a_run_that_no_node_of_it_could_ever_hold_is_refused(cluster: LocalClust
     )
     assert refused.returncode == 2
     assert "no node has engine.cpus_per_worker = 3" in refused.stderr
-    assert "node type rollout (up to 2): 2 CPU" in refused.stderr
+    assert "offers node type ray.head.default: 2 CPU, 0 GPU; node type rollout (up to 2): 2 CPU" in refused.stderr
 
 
 def test_ray_names_metrics_as_the_dashboard_does(cluster: LocalCluster) -> None:

@@ -31,14 +31,51 @@ def test_what_fits_the_nodes_that_may_come_is_let_through() -> None:
     check_fits(CONFIG, [HEAD, GPU_NODES])
 
 
+def _announced(
+    monkeypatch: pytest.MonkeyPatch, groups: Sequence[SimpleNamespace], up: Sequence[tuple[str, str, float]] = ()
+) -> list[Nodes]:
+    """What is offered where these groups are announced, and nodes of this name, label and number of CPUs are up."""
+    monkeypatch.setattr(
+        ray._private.state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=groups)
+    )
+    nodes = [
+        {"NodeManagerHostname": name, "Alive": True, "Labels": {"ray.io/node-group": group}, "Resources": {"CPU": cpus}}
+        for name, group, cpus in up
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    return offered_nodes()
+
+
+def test_a_node_that_is_up_is_one_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [
+        SimpleNamespace(name="head", max_count=1, resources={"CPU": 2}),
+        SimpleNamespace(name="gpu", max_count=2, resources={"CPU": 16, "GPU": 8}),
+    ]
+    up = [("a", "head", 2.0), ("b", "gpu", 16.0), ("c", "by hand", 4.0)]
+    assert _announced(monkeypatch, groups, up) == [
+        Nodes("c", 1, {"CPU": 4.0}),
+        Nodes("node type head", 1, {"CPU": 2}),
+        Nodes("node type gpu", 2, {"CPU": 16, "GPU": 8}),
+    ]
+
+
+def test_nodes_beyond_an_announced_limit_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the limit of a running cluster is raised."""
+    group = SimpleNamespace(name="gpu", max_count=1, resources={"CPU": 16})
+    assert _announced(monkeypatch, [group], [("a", "gpu", 16.0), ("b", "gpu", 16.0)])[0].count == 2
+
+
+def test_machines_of_unknown_size_may_hold_anything_until_all_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = [SimpleNamespace(name="machine", max_count=2, resources={})]
+    config = _only(1, 16.0, 0.0)
+    check_fits(config, _announced(monkeypatch, machines, [("a", "machine", 4.0)]))
+    with pytest.raises(SapoError, match=r"engine.cpus_per_worker = 16, .* offers a: 4 CPU, 0 GPU; b: 8 CPU, 0 GPU$"):
+        check_fits(config, _announced(monkeypatch, machines, [("a", "machine", 4.0), ("b", "machine", 8.0)]))
+
+
 def test_what_has_no_limit_holds_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray writes -1 where nodes of a group, or what they have of a resource, know no limit."""
-    group = SimpleNamespace(name="any", max_count=-1, resources={"CPU": 16.0, "GPU": -1.0})
-    monkeypatch.setattr(
-        ray._private.state.state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group])
-    )
-    monkeypatch.setattr(ray, "nodes", list)
-    nodes = offered_nodes()
+    nodes = _announced(monkeypatch, [SimpleNamespace(name="any", max_count=-1, resources={"CPU": 16.0, "GPU": -1.0})])
     check_fits(replace(CONFIG, engine=replace(CONFIG.engine, workers=1000)), nodes)
     with pytest.raises(SapoError) as caught:
         check_fits(replace(CONFIG, engine=replace(CONFIG.engine, cpus_per_worker=32)), [HEAD, *nodes])
