@@ -1,17 +1,18 @@
-"""What each labeler costs and how right its labels are, on the same wrong trajectories of 5, 8 and 12 steps.
+"""What each labeler costs and how right its labels are, on the same wrong trajectories.
 
-All five share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each
-starts. They ask for the same rollouts of the same prefix. Truth is the chain task's `reachable` oracle. The models are
-those of `configs/labeling.yaml`, trained at the first call:
+All of them share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each
+starts. They ask for the same rollouts of the same prefix. Of the task `chain` the trajectories have 5, 8 and 12 steps,
+and truth is its `reachable` oracle; of any other task they are of test questions, and truth is what shepherd says. The
+models are M_0 and V_0 of a config, trained at the first call:
 
-    python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories 300]
+    python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories 300] [--config configs/labeling.yaml]
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -25,15 +26,14 @@ from launch.progress import ConsoleReporter
 from launch.run import complete
 from launch.session import ray_session
 from launch.tables import table_console
-from sapo_ray.annotator import Annotation
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
-from sapo_ray.data import Question, Trajectory
+from sapo_ray.data import LabelledTrajectory, Question, Trajectory
 from sapo_ray.evaluator import true_labels
 from sapo_ray.labelers.base import LabelerName
 from sapo_ray.metrics import label_accuracy
 from sapo_ray.progress import Reporter
-from sapo_ray.tasks import Chain, ChainConfig
+from sapo_ray.tasks import Chain, ChainConfig, Task, make_task
 
 CONFIG = Path(__file__).parents[1] / "configs" / "labeling.yaml"
 LENGTHS = (5, 8, 12)
@@ -42,7 +42,7 @@ Item = tuple[Question, Trajectory]
 
 @click.command()
 @click.option("--config", type=click.Path(dir_okay=False), default=str(CONFIG), show_default=True)
-@click.option("--trajectories", default=300, show_default=True, help="Wrong trajectories of each length.")
+@click.option("--trajectories", default=300, show_default=True, help="Wrong trajectories, of each length.")
 @click.option("--no-early-exit", is_flag=True, help="Sample all T rollouts of every check.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 @click.argument("overrides", nargs=-1)
@@ -56,35 +56,52 @@ def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, ove
     ):
         coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
         results = {
-            str(length): _compare(coordinator, reporter, settings, length, trajectories, not no_early_exit)
-            for length in LENGTHS
+            name: _compare(coordinator, reporter, settings, task, name, trajectories, not no_early_exit)
+            for name, task in _tasks(settings, trajectories).items()
         }
     _print(results)
     if as_json:
         click.echo(json.dumps({"lengths": results}))
 
 
+def _tasks(settings: RunConfig, count: int) -> dict[str, Task]:
+    """What trajectories are drawn from: chains of one length each, or the config's own task."""
+    if isinstance(settings.task, ChainConfig):
+        return {str(length): Chain(_task_of_length(settings, length, count)) for length in LENGTHS}
+    return {"test": make_task(settings.task)}
+
+
 def _compare(
-    coordinator: CoordinatorClient, reporter: Reporter, settings: RunConfig, length: int, count: int, early_exit: bool
+    coordinator: CoordinatorClient,
+    reporter: Reporter,
+    settings: RunConfig,
+    task: Task,
+    name: str,
+    count: int,
+    early_exit: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The figures of every labeler on `count` wrong trajectories of `length` steps."""
-    task = Chain(_task_of_length(settings, length, count))
-    items = _wrong_trajectories(coordinator, reporter, task, length, count)
-    results = {}
+    """The figures of every labeler on `count` wrong trajectories."""
+    items = _wrong_trajectories(coordinator, reporter, task, name, count)
+    annotated, costs = {}, {}
     for labeler in get_args(LabelerName):
         labeling = replace(settings.labeling, labeler=labeler, early_exit=early_exit, unproven="keep", expand=False)
-        reporter.begin(f"{length} steps: {labeler}")
+        reporter.begin(f"{_title(name)}: {labeler}")
         coordinator.call("reset_prefix_cache")
         start = time.monotonic()
-        annotated, notes = coordinator.call("label", items, labeling, f"length-{length}")
+        rows, notes = coordinator.call("label", items, labeling, f"length-{name}")
         seconds = time.monotonic() - start
         reporter.end(notes)
-        results[labeler] = {
-            **_quality(task, annotated),
-            **_costs(notes["cost"], seconds, len(annotated)),
-            "n": len(annotated),
-        }
-    return results
+        annotated[labeler] = [(item, annotation.labelled[0]) for item, annotation in rows]
+        costs[labeler] = _costs(notes["cost"], seconds, len(rows))
+    by_shepherd = {row.trajectory.id: row.step_labels for _, row in annotated["shepherd"]}
+    return {
+        labeler: {**_quality(task, rows, by_shepherd), **costs[labeler], "n": len(rows)}
+        for labeler, rows in annotated.items()
+    }
+
+
+def _title(name: str) -> str:
+    return f"{name} steps" if name.isdigit() else name
 
 
 def _task_of_length(settings: RunConfig, length: int, count: int) -> Any:
@@ -106,58 +123,68 @@ def _task_of_length(settings: RunConfig, length: int, count: int) -> Any:
 
 
 def _wrong_trajectories(
-    coordinator: CoordinatorClient, reporter: Reporter, task: Chain, length: int, count: int
+    coordinator: CoordinatorClient, reporter: Reporter, task: Task, name: str, count: int
 ) -> list[Item]:
-    """The first `count` sampled trajectories that answer and miss, right ones left out."""
+    """The first `count` sampled trajectories that answer and miss, of the length that `name` is, or of two steps and
+    more; right ones are left out."""
     wrong: list[Item] = []
-    pool = task.questions("pool")
-    for start in range(0, len(pool), count):
-        questions = pool[start : start + count]
-        reporter.begin(f"{length} steps: sample")
-        sampled = coordinator.call("sample", questions, f"length-{length}")
+    questions = task.questions("pool" if name.isdigit() else "test")
+    for start in range(0, len(questions), count):
+        reporter.begin(f"{_title(name)}: sample")
+        sampled = coordinator.call("sample", questions[start : start + count], f"length-{name}")
         reporter.end({})
         wrong += [
             (question, trajectory)
             for question, trajectories in sampled
             for trajectory in trajectories
-            if not trajectory.correct and trajectory.answer is not None and len(trajectory.steps) == length
+            if not trajectory.correct
+            and trajectory.answer is not None
+            and (len(trajectory.steps) == int(name) if name.isdigit() else len(trajectory.steps) > 1)
         ]
         if len(wrong) >= count:
             return wrong[:count]
     raise SystemExit(
-        f"only {len(wrong)} wrong trajectories of {length} steps in {len(pool)} questions; lower --trajectories"
+        f"{_title(name)}: only {len(wrong)} wrong trajectories in {len(questions)} questions; lower --trajectories"
     )
 
 
-def _quality(task: Chain, annotated: Sequence[tuple[Item, Annotation]]) -> dict[str, float | None]:
-    """Label accuracy against the oracle, and the share of successes from prefixes that it calls unreachable."""
-    rows = [
-        (annotation.labelled[0], truth)
-        for (question, trajectory), annotation in annotated
-        if (truth := true_labels(task, question, trajectory)) is not None
+def _quality(
+    task: Task, labelled: Sequence[tuple[Item, LabelledTrajectory]], by_shepherd: Mapping[str, tuple[int, ...]]
+) -> dict[str, float | None]:
+    """Label accuracy against the oracle, and the share of successes from prefixes that it calls unreachable; where
+    there is no oracle, the share of labels that are shepherd's."""
+    rows = [row for _, row in labelled]
+    known = [true_labels(task, question, row.trajectory) for (question, _), row in labelled]
+    truth = [labels or by_shepherd[row.trajectory.id] for labels, row in zip(known, rows, strict=True)]
+    impossible = [
+        not labels[estimate.step]
+        for labels, row in zip(known, rows, strict=True)
+        if labels is not None
+        for estimate in row.estimates
+        if estimate.value
     ]
-    impossible = [not truth[estimate.step] for row, truth in rows for estimate in row.estimates if estimate.value]
     return {
-        "label_accuracy": label_accuracy([row.step_labels for row, _ in rows], [truth for _, truth in rows]),
+        "label_accuracy": label_accuracy([row.step_labels for row in rows], truth),
         "false_successes": fmean(impossible) if impossible else None,
     }
 
 
 def _costs(cost: dict[str, Any], seconds: float, count: int) -> dict[str, float]:
     """Costs per trajectory."""
-    figures = {key: cost[key] / count for key in ("checks", "rollouts", "generated_tokens", "flops")}
+    figures = {key: cost[key] / count for key in ("checks", "rollouts", "generated_tokens", "flops", "program_seconds")}
     return {**figures, "seconds": seconds / count}
 
 
 def _print(results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    for length, labelers in results.items():
-        table = Table(title=f"{length} steps, per wrong trajectory (n = {labelers['saps']['n']})", title_justify="left")
-        columns = ("checks", "rollouts", "generated_tokens", "flops", "seconds", "label_accuracy", "false_successes")
-        for name in ("labeler", *columns, "tokens / shepherd", "tokens / omega", "seconds / shepherd"):
-            table.add_column(name, justify="right")
-        for name, figures in labelers.items():
+    for name, labelers in results.items():
+        title = f"{_title(name)}, per wrong trajectory (n = {labelers['saps']['n']})"
+        table = Table(title=title, title_justify="left")
+        columns = [column for column in labelers["saps"] if column != "n"]
+        for column in ("labeler", *columns, "tokens / shepherd", "tokens / omega", "seconds / shepherd"):
+            table.add_column(column, justify="right")
+        for labeler, figures in labelers.items():
             cells = ["–" if figures[c] is None else f"{figures[c]:.4g}" for c in columns]
-            table.add_row(name, *cells, *_ratios(figures, labelers))
+            table.add_row(labeler, *cells, *_ratios(figures, labelers))
         table_console().print(table)
 
 

@@ -118,6 +118,7 @@ def test_the_line_of_json_holds_every_labeler_at_every_length(coordinator: Coord
                 "seconds",
                 "label_accuracy",
                 "false_successes",
+                "program_seconds",
                 "n",
             }
             assert figures.keys() == keys
@@ -134,7 +135,8 @@ def test_the_table_sets_tokens_against_shepherd_and_omega(coordinator: Coordinat
     result = CliRunner().invoke(labeling.main, [f"--trajectories={COUNT}"], catch_exceptions=False)
     saps = next(line for line in result.stdout.splitlines() if " saps " in line)
     cells = [cell.strip() for cell in saps.strip("│ ").split("│")]
-    assert cells[1:4] == ["1", "2", "10"]
+    assert cells[1] == "1"  # label accuracy, then false successes
+    assert cells[3:6] == ["1", "2", "10"]
     assert cells[-3:-1] == ["0.25", "0.50"]
 
 
@@ -145,8 +147,18 @@ def test_only_whole_wrong_solutions_with_an_answer_are_taken(coordinator: Coordi
     right, early, unanswered, wrong = coordinator._solutions(question)
     assert (right.correct, early.answer is not None, unanswered.answer, wrong.correct) == (True, True, None, False)
     reporter: Any = _Silent()
-    items = labeling._wrong_trajectories(coordinator, reporter, task, 8, 2)  # type: ignore[arg-type]
+    items = labeling._wrong_trajectories(coordinator, reporter, task, "8", 2)  # type: ignore[arg-type]
     assert [trajectory.id for _, trajectory in items] == [f"{q.id}/3" for q in task.questions("pool")[:2]]
+
+
+class Without(Chain):
+    """The task without its oracle."""
+
+    def __init__(self) -> None:
+        super().__init__(ChainConfig(modulus=97, max_operand=5))
+
+    def oracle(self, question: Question, steps: Sequence[str]) -> None:
+        return None
 
 
 class _Silent:
@@ -171,5 +183,13 @@ def test_successes_from_prefixes_that_the_oracle_calls_unreachable_are_counted()
     trajectory = Trajectory("t", "q", question.text, ("7+3=10\n", "10*2=21\n", "21-5=16\n"), "16", correct=False)
     estimates = (Estimate(0, 1, 1, 1, ("a",)), Estimate(1, 1, 1, 1, ("b",)), Estimate(2, 0, 0, 1, ("c",)))
     row = LabelledTrajectory(trajectory, "shepherd", (1, 1, -1), estimates=estimates)
-    quality = labeling._quality(task, [((question, trajectory), Annotation([row]))])
+    quality = labeling._quality(task, [((question, trajectory), row)], {})
     assert quality == {"label_accuracy": pytest.approx(1 / 3), "false_successes": 0.5}
+
+
+def test_without_an_oracle_shepherds_labels_are_the_measure() -> None:
+    task: Any = Without()
+    trajectory = Trajectory("t", "q", "7+3*2-5", ("7+3=10\n", "10*2=21\n", "21-5=16\n"), "16", correct=False)
+    row = LabelledTrajectory(trajectory, "saps", (1, 1, 0), estimates=(Estimate(1, 1, 1, 1, ("b",)),))
+    quality = labeling._quality(task, [((Question("q", "7+3*2-5", "15"), trajectory), row)], {"t": (1, 0, 0)})
+    assert quality == {"label_accuracy": pytest.approx(2 / 3), "false_successes": None}
