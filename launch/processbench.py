@@ -74,7 +74,7 @@ def processbench(
 
     \b
     Example:
-      sapo processbench configs/gsm8k/local.yaml --verifier runs/gsm8k/checkpoints/verifier-2 \\
+      sapo processbench configs/gsm8k/local.yaml --verifier runs/local/checkpoints/verifier-2 \\
         --tune data/processbench/gsm8k.json --test data/processbench/math.json
     """
     if (tune is None) == (threshold is None):
@@ -176,7 +176,8 @@ def _too_long(split: Split, longest: int) -> str:
 def _print(figures: Mapping[str, Any]) -> None:
     chosen = f", chosen on {figures['tuned_on']}" if figures["tuned_on"] else ""
     click.echo(f"{figures['verifier']} ({figures['format']}), threshold {figures['threshold']:.4g}{chosen}")
-    table = Table("records", "F1 %")
+    table = Table("records")
+    table.add_column("F1 %", justify="right")
     for kind in ("wrong", "right"):
         for name in (f"{kind} solutions %", "95% interval", "n"):
             table.add_column(name, justify="right")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from launch.cli import cli
 from tests.prms import SAVE
@@ -119,7 +123,10 @@ def test_what_cannot_be(folder: Path, arguments: list[str], message: str) -> Non
 
 
 def test_published_records_end_to_end(folder: Path, data: Path, tmp_path: Path) -> None:
-    """Twenty of each of ProcessBench's files, by a verifier of this project with random weights."""
+    """Twenty of each of ProcessBench's files, by a verifier of this project with random weights.
+
+    The figures are those of scores that transformers gives for one text at a time.
+    """
     for name in ("gsm8k", "math"):
         file = data / "processbench" / f"{name}.json"
         if not file.is_file():
@@ -129,7 +136,34 @@ def test_published_records_end_to_end(folder: Path, data: Path, tmp_path: Path) 
     files = ["--tune", f"{tmp_path}/gsm8k.json", "--test", f"{tmp_path}/math.json"]
     result = run(folder, "--verifier", "IN/sapo", *files, "--json")
     assert result.exit_code == 0, result.output
-    splits = json.loads(result.stdout)["splits"]
-    assert [split["wrong"] + split["right"] + len(split["left_out"]) for split in splits] == [20, 20]
-    assert splits[0]["f1"] > 0
-    assert 0 < len(splits[1]["left_out"]) < 10
+    figures = json.loads(result.stdout)
+    tuned, tested = figures["splits"]
+    for name, split in (("gsm8k", tuned), ("math", tested)):
+        rows = json.loads((tmp_path / f"{name}.json").read_text())
+        answers = _answers(folder / "sapo", rows, figures["threshold"])
+        assert split["left_out"] == [row["id"] for row in rows if row["id"] not in answers]
+        kept = [(answers[row["id"]], row["label"]) for row in rows if row["id"] in answers]
+        wrong = fmean(answer == label for answer, label in kept if label >= 0)
+        right = fmean(answer == label for answer, label in kept if label == -1)
+        assert (split["wrong_accuracy"], split["right_accuracy"]) == (wrong, right)
+        assert split["f1"] == pytest.approx(2 * wrong * right / (wrong + right) if wrong + right else 0)
+    assert tuned["f1"] > 0
+    assert 0 < len(tested["left_out"]) < 10
+
+
+@torch.no_grad()
+def _answers(checkpoint: Path, rows: list[dict[str, Any]], threshold: float) -> dict[str, int]:
+    """What the verifier says of every record that it has positions for: one token a character."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
+    answers = {}
+    for row in rows:
+        *steps, last = row["steps"]
+        texts = [f"Question: {row['problem']}\nAnswer:\n", *(step + "\n" for step in steps), last]
+        lengths = list(accumulate(len(tokenizer.encode(text)) for text in texts))
+        if lengths[-1] > 2048:
+            continue
+        logits = model(torch.tensor([tokenizer.encode("".join(texts))])).logits[0, :, 0]
+        below = [j for j, length in enumerate(lengths[1:]) if torch.sigmoid(logits[length - 1]) < threshold]
+        answers[row["id"]] = below[0] if below else -1
+    return answers
