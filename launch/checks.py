@@ -15,12 +15,12 @@ from sapo_ray.files import Folder, is_uri, reason
 
 
 class Checkpoint(click.ParamType):
-    """A Hugging Face checkpoint directory with safetensors weights and the given kind of head."""
+    """A Hugging Face checkpoint directory with safetensors weights and one of the given kinds of heads."""
 
     name = "directory"
 
-    def __init__(self, head: Literal["ForCausalLM", "ForTokenClassification"]) -> None:
-        self._head = head
+    def __init__(self, *heads: Literal["ForCausalLM", "ForTokenClassification", "ForProcessRewardModel"]) -> None:
+        self._heads = heads
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         folder = Folder(value)
@@ -29,8 +29,8 @@ class Checkpoint(click.ParamType):
         except (OSError, ValueError):
             self.fail(f"{value} is no checkpoint directory: it has no config.json that can be read", param, ctx)
         architecture = (config.get("architectures") or ["no architecture"])[0]
-        if not architecture.endswith(self._head):
-            self.fail(f"{value} holds {architecture}; a …{self._head} is needed", param, ctx)
+        if not architecture.endswith(self._heads):
+            self.fail(f"{value} holds {architecture}; a …{' or …'.join(self._heads)} is needed", param, ctx)
         if not any(name.endswith(".safetensors") for name in folder.sizes()):
             self.fail(f"{value} holds no weights (*.safetensors)", param, ctx)
         return value

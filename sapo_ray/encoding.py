@@ -70,7 +70,7 @@ def encode(
     if not ids:
         raise ValueError("an empty prompt has no tokens")
     # One call for all steps: most of what a call costs does not depend on how much there is to encode.
-    encoded = tokenizer(list(steps), add_special_tokens=False)["input_ids"] if steps else []
+    encoded = tokenizer(list(steps), add_special_tokens=False, verbose=False)["input_ids"] if steps else []
     for number, tokens in enumerate(encoded):
         if not tokens:
             raise ValueError(f"step {number} ({steps[number]!r}) has no tokens")

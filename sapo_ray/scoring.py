@@ -28,19 +28,33 @@ def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32, device: s
     return model.eval()  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
 def score(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: int) -> list[list[float]]:
-    """ĉ_j = sigmoid(logit at the last token of step j), in fp32: one list a trajectory, one number a step.
-
-    Trajectories of like length share a forward pass of at most `batch_tokens` tokens, padding included. A score depends
-    on the company in its batch by rounding alone: less than 1e-5 for an fp32 model.
-    """
+    """ĉ_j of every step, one list a trajectory: see `score_by_length`."""
     scores: list[list[float]] = [[] for _ in encoded]
+    for i, found in score_by_length(model, encoded, batch_tokens):
+        scores[i] = found
+    return scores
+
+
+def score_by_length(
+    model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: int
+) -> Iterator[tuple[int, list[float]]]:
+    """The index of a trajectory and its ĉ_j, one number a step: short trajectories first, each as soon as it is scored.
+
+    ĉ_j is the probability that step j is right by the logits at its last token, in fp32: sigmoid of one logit, or
+    softmax of two, for wrong and right. Trajectories of like length share a forward pass of at most `batch_tokens`
+    tokens, padding included. A score depends on the company in its batch by rounding alone: less than 1e-5 for an fp32
+    model.
+    """
     for batch in _batches([len(e.ids) for e in encoded], batch_tokens):
         logits = _logits(model, [encoded[i].ids for i in batch])
         for row, i in zip(logits, batch, strict=True):
-            scores[i] = torch.sigmoid(row[encoded[i].step_ends].float()).tolist()
-    return scores
+            yield i, _right(row[encoded[i].step_ends].float()).tolist()
+
+
+def _right(logits: torch.Tensor) -> torch.Tensor:
+    """The probability of "right" [steps] by logits [steps, 1 or 2]."""
+    return torch.sigmoid(logits[:, 0]) if logits.shape[1] == 1 else torch.softmax(logits, dim=1)[:, 1]
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -55,10 +69,11 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+@torch.inference_mode()
 def _logits(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
-    """Logits [rows, longest] of right-padded rows. Causal attention never looks at the padding on the right."""
+    """Logits [rows, longest, 1 or 2] of right-padded rows. Causal attention never looks at the padding on the right."""
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits
-    return logits.squeeze(-1).cpu()
+    return logits.cpu()

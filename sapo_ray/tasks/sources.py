@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,7 +56,8 @@ def _from_files(location: str) -> Iterator[Record]:
     folder, name = split(absolute(location))
     files = [name] if name.partition("?")[0].endswith(_SUFFIXES) else []
     home = Folder(folder if files else location)
-    files = files or [file for file in home.sizes() if file.endswith(_SUFFIXES)]
+    with suppress(NotADirectoryError):  # a file of another kind
+        files = files or [file for file in home.sizes() if file.endswith(_SUFFIXES)]
     if not files:
         raise SapoError(f"{location}: no such file or directory, or none in it that ends in {', '.join(_SUFFIXES)}")
     for file in files:
