@@ -378,7 +378,8 @@ class ElasticPool(Generic[Request, Result]):
         ray.kill(worker.actor)
 
     async def _end(self, worker: _Worker) -> None:
-        self._remove(worker)
+        if worker in self._workers:  # it may have been lost meanwhile
+            self._remove(worker)
 
     def _break(self, error: WorkerError) -> None:
         self._broken = self._broken or error

@@ -111,7 +111,7 @@ def test_a_coordinator_that_cannot_start_says_why_at_once(config: RunConfig) -> 
             raise AssertionError(sign)
 
     with (
-        pytest.raises(SapoError, match="^sample_and_label: the coordinator cannot start: .*nowhere://run"),
+        pytest.raises(SapoError, match=r"^sample_and_label: the coordinator cannot start: .*nowhere://run"),
         CoordinatorClient(config, "nowhere://run", Silent(0, lambda: None)) as client,
     ):
         client.call("sample_and_label", 1)

@@ -76,7 +76,9 @@ class Handle:
         self.worker, self.killed = worker, asyncio.Event()
 
     def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(self._ask(getattr(self.worker, method)(*args))))
+        return SimpleNamespace(
+            remote=lambda *args: asyncio.ensure_future(self._ask(getattr(self.worker, method)(*args)))
+        )
 
     async def _ask(self, work: Coroutine[Any, Any, Any]) -> Any:
         answer, end = asyncio.ensure_future(work), asyncio.ensure_future(self.killed.wait())
@@ -170,6 +172,21 @@ def test_no_worker_that_starts_while_its_pool_pauses_stays_awake(before: int, sl
         assert await asyncio.gather(lost, waiting) == [["first"], ["first"]]
 
     run(test, RayActorError(), sleeps=sleeps, workers=2)
+
+
+@pytest.mark.parametrize("before", range(10))
+def test_a_worker_that_is_lost_as_its_pool_pauses_is_no_error(before: int) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        (worker,) = pool._workers
+        pause = asyncio.ensure_future(pool.pause())
+        await turns(before)
+        pool._lose(worker, RayActorError())
+        await pause
+        assert all(handle.killed.is_set() for handle in handles)
+        await pool.resume()
+        assert await submit(pool, "0") == ["first"]
+
+    run(test)
 
 
 def test_a_command_that_fails_on_one_worker_holds_back_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
