@@ -217,7 +217,10 @@ class ElasticPool(Generic[Request, Result]):
         await self._exclusively(lambda worker: self._ask(worker, method))
 
     async def pause(self) -> None:
-        """Give the workers' place to others once what they have in flight is done: end them, or put them to sleep."""
+        """Give the workers' place to others once what they have in flight is done: end them, or put them to sleep.
+
+        What is submitted from now on waits for `resume`.
+        """
         self._paused = True
         await (self.broadcast("sleep") if self._sleeps else self._exclusively(self._end))
         for worker in [worker for worker in self._workers if not worker.ready]:  # those that are still starting

@@ -450,25 +450,15 @@ def test_a_worker_that_still_starts_when_the_others_are_put_to_sleep_is_ended() 
 
 
 def test_a_worker_that_no_node_has_room_for_is_withdrawn_when_nothing_waits() -> None:
-    gate = Gate.remote()
-
     async def test(pool: TestPool) -> None:
-        answer = submit(pool, 1)
-        await until(pool, lambda stats: stats.in_flight == 1)
-        await asyncio.sleep(1.5)  # a rate needs work that is seen
-        await gate.release.remote()
-        assert await answer == [2]
-        pool.upcoming = 100.0
+        results = submit(pool, *["work"] * 3)  # the first gives a rate, and the third ends the backlog
         await until(pool, lambda stats: stats.starting == 1)
-        await asyncio.sleep(2)
-        assert pool.stats().starting == 1  # longer than `shrink_after`, but there is work for it
-        pool.upcoming = 0.0
         stats = await until(pool, lambda stats: stats.starting == 0)
-        assert (stats.ready, stats.counts["shrunk"], stats.counts.get("dead", 0)) == (1, 1, 0)
-        assert await submit(pool, 2) == [4]
+        assert (stats.ready, stats.in_flight, stats.counts) == (1, 1, {"growths": 1, "grown": 1, "shrunk": 1})
+        assert await results == ["workwork"] * 3
 
-    scaling = ScalingConfig(grow_after=0.1, shrink_after=1)
-    run(test, gate=gate, max_workers=2, cpus_per_worker=2, scaling=scaling)
+    scaling = ScalingConfig(grow_after=0.5, shrink_after=1)
+    run(test, max_workers=2, cpus_per_worker=2, batch_size=1, in_flight=1, scaling=scaling)
 
 
 def test_a_closed_pool_fails_what_waits_and_all_that_comes() -> None:
