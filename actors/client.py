@@ -66,7 +66,8 @@ class CoordinatorClient:
     def call(self, method: str, *args: Any) -> Any:
         """Call the coordinator and show its progress until it answers; if it dies, start it again and call once more.
 
-        Raises SapoError with the cause of a failure, and where the coordinator dies again and again.
+        Raises SapoError with the cause of a failure, such as what its constructor raised, and where the coordinator
+        dies again and again.
         """
         for deaths in range(1, MAX_DEATHS + 1):
             try:
@@ -76,6 +77,9 @@ class CoordinatorClient:
                 raise SapoError(f"{method}: {told(error.cause)}") from error
             except RayActorError as error:
                 self._give_up()
+                if error.actor_init_failed:  # another would fail alike; Ray's error holds the constructor's
+                    cause = told(error.args[0].cause)
+                    raise SapoError(f"{method}: the coordinator cannot start: {cause}") from error
                 if deaths == MAX_DEATHS:
                     raise SapoError(f"{method}: the coordinator died {deaths} times: {one_line(error)}") from error
                 self._reporter.warn(f"{method}: the coordinator died ({one_line(error)}) and is started again")

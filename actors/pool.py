@@ -22,7 +22,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 
 from actors.logs import about
 from actors.worker import EngineDeadError, Place, log_tail
@@ -98,6 +98,7 @@ class _Worker:
     calls: int = 0
     requests: int = 0
     idle_since: float = 0.0
+    lost: Exception | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -221,7 +222,10 @@ class ElasticPool(Generic[Request, Result]):
         await self._exclusively(lambda worker: self._ask(worker, method))
 
     async def pause(self) -> None:
-        """Give the workers' place to others once what they have in flight is done: end them, or put them to sleep."""
+        """Give the workers' place to others once what they have in flight is done: end them, or put them to sleep.
+
+        What is submitted from now on waits for `resume`.
+        """
         self._paused = True
         await (self.broadcast("sleep") if self._sleeps else self._exclusively(self._end))
         for worker in [worker for worker in self._workers if not worker.ready]:  # those that are still starting
@@ -238,6 +242,7 @@ class ElasticPool(Generic[Request, Result]):
         if self._paused and self._sleeps:
             await self.broadcast("wake")
         self._paused = False
+        self._wake()
         self._scale()
         while not self._broken and sum(worker.ready for worker in self._workers) < self._least:
             self._changed.clear()
@@ -368,6 +373,7 @@ class ElasticPool(Generic[Request, Result]):
     def _lose(self, worker: _Worker, cause: Exception) -> None:
         """Take a dead worker off the list; its calls fail by themselves and are retried."""
         if worker in self._workers:
+            worker.lost = cause
             self._counts.update(dead=1, hung=int(isinstance(cause, HungError)))
             self._say(f"worker {worker.number} is lost ({one_line(cause)}) and will be replaced")
             self._remove(worker)
@@ -380,7 +386,8 @@ class ElasticPool(Generic[Request, Result]):
         ray.kill(worker.actor)
 
     async def _end(self, worker: _Worker) -> None:
-        self._remove(worker)
+        if worker in self._workers:  # it may have been lost meanwhile
+            self._remove(worker)
 
     def _break(self, error: WorkerError) -> None:
         self._broken = self._broken or error
@@ -401,7 +408,7 @@ class ElasticPool(Generic[Request, Result]):
 
     def _dispatch(self) -> None:
         self._woken = False
-        if self._exclusive.locked():
+        if self._paused or self._exclusive.locked():
             return
         self._dispatch_suspects()
         if free := self._free():
@@ -431,7 +438,7 @@ class ElasticPool(Generic[Request, Result]):
         if not self._scaling.hedge_after or self._exclusive.locked():
             return
         late = time.monotonic() - self._scaling.hedge_after
-        for waiting in [w for w in self._flying if w.sent < late and len(w.holders) == 1]:
+        for waiting in [w for w in self._flying if w.sent < late and len(w.holders) == 1 and not w.kills]:
             if others := [worker for worker in self._free() if worker not in waiting.holders]:
                 self._counts["hedged"] += 1
                 self._send(min(others, key=lambda worker: worker.requests), [waiting])
@@ -455,7 +462,7 @@ class ElasticPool(Generic[Request, Result]):
         try:
             results = await self._ask(worker, self._method, [waiting.request for waiting in batch])
         except (RayActorError, EngineDeadError) as error:
-            lost = error
+            lost = worker.lost or error  # once the pool has ended a worker, its calls tell of that alone
         except WorkerError as error:
             logger.error("%s", error, extra=_about(batch))
             self._fail(batch, error)
@@ -504,7 +511,7 @@ class ElasticPool(Generic[Request, Result]):
             raise errors[0]
 
     def _retry(self, worker: _Worker, batch: Iterable[_Waiting[Request, Result]], cause: Exception) -> None:
-        """Ask others. A node that went away is not held against the requests that were on it."""
+        """Ask others. A node that went out of reach is not held against the requests that were on it."""
         open_ = [waiting for waiting in batch if not waiting.result.done() and not waiting.holders]
         if open_:
             logger.warning("%s worker %d died with these requests", self.name, worker.number, extra=_about(open_))
@@ -571,6 +578,7 @@ def _about(requests: Iterable[_Waiting[Any, Any]]) -> dict[str, str]:
 
 
 def _node_is_lost(error: Exception) -> bool:
-    if isinstance(error, RayActorError):
-        return error.preempted or "node has died" in str(error)
-    return isinstance(error, AnswerLostError)
+    """Whether a worker went, or went out of reach, with its node or the way there: by no fault of its requests."""
+    if isinstance(error, AnswerLostError | ActorUnavailableError):
+        return True
+    return isinstance(error, RayActorError) and (error.preempted or "node has died" in str(error))

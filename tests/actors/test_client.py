@@ -15,6 +15,7 @@ from actors.client import CoordinatorClient
 from launch.session import ray_session
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
+from sapo_ray.errors import SapoError
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory
@@ -102,6 +103,18 @@ def test_a_killed_process_changes_nothing(
     disturbance = Disturbance(6, lambda: kill(victim))
     assert sample(config, model, RunDirectory(tmp_path), disturbance) == undisturbed
     assert disturbance.done
+
+
+def test_a_coordinator_that_cannot_start_says_why_at_once(config: RunConfig) -> None:
+    class Silent(Disturbance):
+        def warn(self, sign: str) -> None:
+            raise AssertionError(sign)
+
+    with (
+        pytest.raises(SapoError, match=r"^sample_and_label: the coordinator cannot start: .*nowhere://run"),
+        CoordinatorClient(config, "nowhere://run", Silent(0, lambda: None)) as client,
+    ):
+        client.call("sample_and_label", 1)
 
 
 def test_a_driver_that_is_interrupted_records_what_is_done(

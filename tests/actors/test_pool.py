@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,8 +68,11 @@ class Doubler(PoolWorker):
 
     def __init__(self, checkpoint: str, gate: Any = None) -> None:
         self.checkpoint, self.gate = checkpoint, gate
+        self.awake = True
 
     async def ready(self) -> None:
+        if self.checkpoint == "slow start":
+            await self.gate.enter.remote(os.getpid(), [])
         if self.checkpoint == "no disk":
             raise OSError("no disk")
         if self.checkpoint == "endless":
@@ -83,8 +87,14 @@ class Doubler(PoolWorker):
             await asyncio.sleep(1000)
         self.checkpoint = checkpoint
 
+    async def sleep(self) -> None:
+        self.awake = False
+
+    async def wake(self) -> None:
+        self.awake = True
+
     async def double(self, batch: list[Ask]) -> list[Any]:
-        if self.gate is not None:
+        if self.gate is not None and self.checkpoint != "slow start":
             await self.gate.enter.remote(os.getpid(), [ask.what for ask in batch])
         return [await self._answer(ask.what, batch) for ask in batch]
 
@@ -101,6 +111,8 @@ class Doubler(PoolWorker):
                 return ValueError("odd one out")
             case "checkpoint":
                 return self.checkpoint
+            case "awake":
+                return self.awake
             case "pid":
                 return os.getpid()
             case "hang" | "block" if self.checkpoint == "first":
@@ -113,22 +125,27 @@ class Doubler(PoolWorker):
         return 2 * what
 
 
-def make_pool(gate: Any = None, scaling: ScalingConfig | None = None, **sizes: int) -> TestPool:
+def make_pool(gate: Any = None, scaling: ScalingConfig | None = None, sleeps: bool = False, **sizes: int) -> TestPool:
     config = PoolConfig(**{"cpus_per_worker": 0, "batch_size": 4, "in_flight": 2, **sizes})
     actor = actor_class(Doubler, config, {})
-    return ElasticPool("test", lambda checkpoint: actor.remote(checkpoint, gate), "double", config, scaling or PATIENT)
+    make = partial(actor.remote, gate=gate)
+    return ElasticPool("test", make, "double", config, scaling or PATIENT, sleeps=sleeps)
 
 
 PATIENT = ScalingConfig(hang_after=600)
 
 
 def run(
-    test: Callable[[TestPool], Awaitable[None]], gate: Any = None, scaling: ScalingConfig | None = None, **sizes: int
+    test: Callable[[TestPool], Awaitable[None]],
+    gate: Any = None,
+    scaling: ScalingConfig | None = None,
+    sleeps: bool = False,
+    **sizes: int,
 ) -> None:
     """Run `test` with a started pool in a loop of its own."""
 
     async def main() -> None:
-        pool = make_pool(gate, scaling, **sizes)
+        pool = make_pool(gate, scaling, sleeps, **sizes)
         await pool.load("first")
         try:
             await asyncio.wait_for(test(pool), 90)
@@ -410,6 +427,38 @@ def test_a_paused_pool_has_no_worker_and_goes_on_when_resumed() -> None:
         assert after != before
 
     run(test)
+
+
+def test_a_worker_that_still_starts_when_the_others_are_put_to_sleep_is_ended() -> None:
+    gate = Gate.remote()
+
+    async def test(pool: TestPool) -> None:
+        await pool.load("slow start")
+        (pid,) = await submit(pool, "pid")
+        os.kill(pid, signal.SIGKILL)
+        await gate.arrived.remote(1)  # the one that replaces it
+        await pool.pause()
+        assert (pool.stats().ready, pool.stats().starting) == (1, 0)
+        waiting = submit(pool, *["awake"] * 8)
+        await gate.release.remote()
+        assert pool.stats().queued == 8
+        await pool.resume()
+        assert pool.stats().ready == 2
+        assert await waiting == [True] * 8
+
+    run(test, gate=gate, workers=2, sleeps=True, scaling=ScalingConfig(hang_after=20))
+
+
+def test_a_worker_that_no_node_has_room_for_is_withdrawn_when_nothing_waits() -> None:
+    async def test(pool: TestPool) -> None:
+        results = submit(pool, *["work"] * 3)  # the first gives a rate, and the third ends the backlog
+        await until(pool, lambda stats: stats.starting == 1)
+        stats = await until(pool, lambda stats: stats.starting == 0)
+        assert (stats.ready, stats.in_flight, stats.counts) == (1, 1, {"growths": 1, "grown": 1, "shrunk": 1})
+        assert await results == ["workwork"] * 3
+
+    scaling = ScalingConfig(grow_after=0.5, shrink_after=1)
+    run(test, max_workers=2, cpus_per_worker=2, batch_size=1, in_flight=1, scaling=scaling)
 
 
 def test_a_closed_pool_fails_what_waits_and_all_that_comes() -> None:

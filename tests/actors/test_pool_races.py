@@ -1,0 +1,208 @@
+"""What meets what in a pool: every order of a few events is tried, turn by turn of the event loop.
+
+Ray is not started. A pool's actors are objects in this process, behind what `ray.kill` and a pool use of Ray's handles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
+
+from actors.pool import ElasticPool, WorkerError
+from actors.worker import Place
+from sapo_ray.requests import PoolConfig
+from sapo_ray.scaling import ScalingConfig
+
+TURNS = range(40)
+"""More turns than a worker takes to start."""
+
+TestPool = ElasticPool[Any, Any]
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class Worker:
+    """Answers with its checkpoint. The first request of a call may have it raise; the others then wait for ever."""
+
+    def __init__(self, checkpoint: str, fault: Exception | None = None) -> None:
+        self.checkpoint, self.fault = checkpoint, fault
+        self.awake = True
+
+    async def enter(self, run: str, stage: str) -> None: ...
+
+    async def where(self) -> Place:
+        return Place("node", 1, ())
+
+    async def ready(self) -> None:
+        await turns(3)
+
+    async def load(self, checkpoint: str) -> None:
+        await turns(3)
+        self.checkpoint = checkpoint
+
+    async def beat(self) -> int:
+        return await asyncio.Future()
+
+    async def sleep(self) -> None:
+        await turns(3)
+        self.awake = False
+
+    async def wake(self) -> None:
+        self.awake = True
+
+    async def answer(self, batch: list[SimpleNamespace]) -> list[str]:
+        if self.fault:
+            await turns(3)
+            if batch[0].id == "0":
+                raise self.fault
+            await asyncio.Future()
+        assert self.awake
+        return [self.checkpoint for _ in batch]
+
+
+class Handle:
+    """Stands for the handle of an actor. Once it is killed, whatever was asked of the actor fails."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.killed = worker, asyncio.Event()
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(
+            remote=lambda *args: asyncio.ensure_future(self._ask(getattr(self.worker, method)(*args)))
+        )
+
+    async def _ask(self, work: Coroutine[Any, Any, Any]) -> Any:
+        answer, end = asyncio.ensure_future(work), asyncio.ensure_future(self.killed.wait())
+        await asyncio.wait([answer, end], return_when=asyncio.FIRST_COMPLETED)
+        if end.done():
+            raise RayActorError(error_msg="killed")
+        return answer.result()
+
+
+@pytest.fixture(autouse=True)
+def kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "kill", lambda handle: handle.killed.set())
+
+
+def run(
+    test: Callable[[TestPool, list[Handle]], Awaitable[None]], *faults: Exception, sleeps: bool = False, **sizes: int
+) -> None:
+    """Run `test` with a started pool, whose first workers have these faults, and the handles of all its workers."""
+
+    async def main() -> None:
+        handles, left = list[Handle](), list(faults)
+
+        def make(checkpoint: str) -> Handle:
+            handles.append(Handle(Worker(checkpoint, left.pop(0) if left else None)))
+            return handles[-1]
+
+        config, scaling = PoolConfig(cpus_per_worker=0, **sizes), ScalingConfig(max_kills=2)
+        pool = TestPool("test", make, "answer", config, scaling, sleeps=sleeps)
+        await pool.load("first")
+        await asyncio.wait_for(test(pool, handles), 10)
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def submit(pool: TestPool, *ids: str) -> asyncio.Future[list[Any]]:
+    return asyncio.gather(*(pool.submit(SimpleNamespace(id=i)) for i in ids))
+
+
+@pytest.mark.parametrize("before", TURNS)
+def test_no_worker_that_starts_while_a_checkpoint_is_loaded_is_left_with_the_one_before(before: int) -> None:
+    async def test(pool: TestPool, _: list[Handle]) -> None:
+        lost = submit(pool, "0")  # the worker is lost over it, and another one starts
+        await turns(before)
+        await pool.load("second")
+        assert await submit(pool, "1") == ["second"]
+        await lost
+
+    run(test, RayActorError())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ObjectLostError("00", None, ""),
+        NodeDiedError("gone"),
+        ActorUnavailableError("no route", None),
+        RayActorError(error_msg="The actor died because its node has died."),
+        RayActorError(preempted=True),
+    ],
+    ids=["object lost", "node died", "unavailable", "died with its node", "preempted"],
+)
+def test_what_is_lost_with_its_node_is_asked_of_others_and_held_against_no_request(loss: Exception) -> None:
+    """Nor against those whose calls end because the pool gives the worker up."""
+
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        assert await submit(pool, "0", "1") == ["first", "first"]
+        counts = pool.stats().counts
+        assert (counts["dead"], counts["retries"], "quarantined" in counts) == (3, 6, False)
+        assert [handle.killed.is_set() for handle in handles] == [True, True, True, False]
+
+    run(test, loss, loss, loss, batch_size=1, in_flight=2)
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+@pytest.mark.parametrize("before", TURNS)
+def test_no_worker_that_starts_while_its_pool_pauses_stays_awake(before: int, sleeps: bool) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        def awake() -> list[Worker]:
+            return [handle.worker for handle in handles if not handle.killed.is_set() and handle.worker.awake]
+
+        lost = submit(pool, "0")
+        await turns(before)
+        await pool.pause()
+        assert awake() == []
+        waiting = submit(pool, "1")
+        await turns(len(TURNS))
+        assert awake() == []
+        await pool.resume()
+        assert pool.stats().ready == len(awake()) == 2
+        assert await asyncio.gather(lost, waiting) == [["first"], ["first"]]
+
+    run(test, RayActorError(), sleeps=sleeps, workers=2)
+
+
+@pytest.mark.parametrize("before", range(10))
+def test_a_worker_that_is_lost_as_its_pool_pauses_is_no_error(before: int) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        (worker,) = pool._workers
+        pause = asyncio.ensure_future(pool.pause())
+        await turns(before)
+        pool._lose(worker, RayActorError())
+        await pause
+        assert all(handle.killed.is_set() for handle in handles)
+        await pool.resume()
+        assert await submit(pool, "0") == ["first"]
+
+    run(test)
+
+
+def test_a_command_that_fails_on_one_worker_holds_back_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(worker: Worker) -> None:
+        await turns(10)
+        raise ValueError("no")
+
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        monkeypatch.setattr(handles[0].worker, "wake", lambda: refuse(handles[0].worker))
+        command = asyncio.ensure_future(pool.broadcast("wake"))
+        await turns(3)
+        waiting = submit(pool, "0", "1")
+        await turns(3)
+        assert pool.stats().queued == 2
+        with pytest.raises(WorkerError, match="test worker 0: wake failed: ValueError: no"):
+            await command
+        assert await waiting == ["first", "first"]
+
+    run(test, workers=2)
