@@ -22,7 +22,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 
 from actors.logs import about
 from actors.worker import EngineDeadError, Place, log_tail
@@ -511,7 +511,7 @@ class ElasticPool(Generic[Request, Result]):
             raise errors[0]
 
     def _retry(self, worker: _Worker, batch: Iterable[_Waiting[Request, Result]], cause: Exception) -> None:
-        """Ask others. A node that went out of reach is not held against the requests that were on it."""
+        """Ask others. A node that went away is not held against the requests that were on it."""
         open_ = [waiting for waiting in batch if not waiting.result.done() and not waiting.holders]
         if open_:
             logger.warning("%s worker %d died with these requests", self.name, worker.number, extra=_about(open_))
@@ -578,7 +578,11 @@ def _about(requests: Iterable[_Waiting[Any, Any]]) -> dict[str, str]:
 
 
 def _node_is_lost(error: Exception) -> bool:
-    """Whether a worker went, or went out of reach, with its node or the way there: by no fault of its requests."""
-    if isinstance(error, AnswerLostError | ActorUnavailableError):
-        return True
-    return isinstance(error, RayActorError) and (error.preempted or "node has died" in str(error))
+    """Whether a worker went with its node: by no fault of its requests.
+
+    One that is out of reach (ActorUnavailableError) may as well have died of a request, which must not be asked again
+    for ever.
+    """
+    if isinstance(error, RayActorError):
+        return error.preempted or "node has died" in str(error)
+    return isinstance(error, AnswerLostError)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 
 from actors.pool import ElasticPool, WorkerError
 from actors.worker import Place
@@ -135,11 +135,10 @@ def test_no_worker_that_starts_while_a_checkpoint_is_loaded_is_left_with_the_one
     [
         ObjectLostError("00", None, ""),
         NodeDiedError("gone"),
-        ActorUnavailableError("no route", None),
         RayActorError(error_msg="The actor died because its node has died."),
         RayActorError(preempted=True),
     ],
-    ids=["object lost", "node died", "unavailable", "died with its node", "preempted"],
+    ids=["object lost", "node died", "died with its node", "preempted"],
 )
 def test_what_is_lost_with_its_node_is_asked_of_others_and_held_against_no_request(loss: Exception) -> None:
     """Nor against those whose calls end because the pool gives the worker up."""
