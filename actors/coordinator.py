@@ -7,6 +7,7 @@ is one stage of a run and returns what the stage notes about itself.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from contextlib import closing
@@ -56,6 +57,9 @@ from sapo_ray.store import (
 from sapo_ray.tasks import make_task
 
 _CALIBRATION_ROWS = 1000
+_GC_THRESHOLDS = (100_000, 20, 100)
+"""Requests leave little garbage in cycles, but their objects are so many that with Python's own thresholds the looking
+for it was a third of the coordinator's time."""
 Item = tuple[Question, Trajectory]
 
 logger = logging.getLogger(__name__)
@@ -66,19 +70,21 @@ class Coordinator:
 
     def __init__(self, config: RunConfig, run_path: str, driver: str | None = None) -> None:
         """Writes for a `driver` of that id only while it has the run's lease."""
+        gc.set_threshold(*_GC_THRESHOLDS)
         self._config, self._store = config, RunDirectory(run_path, driver)
         self._task = make_task(config.task)
         self._engines = Engines(config, self._task, self._store.name)
 
     async def enter(self, stage: str) -> None:
         """Work for this stage from now on, as logs and metrics see it."""
+        gc.freeze()  # what is there stays
         self._engines.enter(stage)
 
     async def load_reasoner(self, checkpoint: str) -> None:
         """Hold this reasoner from now on. Raises with the engine's own cause where none can start."""
         await self._engines.load_reasoner(checkpoint)
-        engines = self._engines
-        self._solver = Solver(self._task, engines.tokenizer, engines.generate, self._config.seed, engines.execute)
+        engines, execute = self._engines, self._engines.execute if self._config.runs_programs else None
+        self._solver = Solver(self._task, engines.tokenizer, engines.generate, self._config.seed, execute)
         self._sampler = Sampler(self._solver, self._config.sampling)
 
     async def load_verifier(self, checkpoint: str) -> None:

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from actors.logs import answering
 from actors.pool import ElasticPool
-from actors.worker import PoolWorker, actor_class
+from actors.worker import EngineDeadError, PoolWorker, actor_class
+from sapo_ray.errors import told
 from sapo_ray.requests import ExecuteRequest, ExecutorConfig, cpu_threads, thread_environment
-from sapo_ray.sandbox import Sandbox, SandboxConfig, Verdict
+from sapo_ray.sandbox import Sandbox, SandboxConfig, SandboxError, Verdict
 from sapo_ray.scaling import ScalingConfig
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,21 @@ class ExecutorWorker(PoolWorker):
         """There is no model to load."""
 
     async def execute(self, requests: Sequence[ExecuteRequest]) -> list[Verdict]:
-        """The verdicts on the programs of `requests`, in order."""
+        """The verdicts on the programs of `requests`, in order.
+
+        Raises EngineDeadError where a sandbox does not start or does not come to a verdict: another worker is asked.
+        """
         loop = asyncio.get_running_loop()
         with answering("execute", [request.id for request in requests]):
             return await asyncio.gather(*(loop.run_in_executor(self._threads, self._judge, r) for r in requests))
 
     def _judge(self, request: ExecuteRequest) -> Verdict:
-        if not hasattr(self._own, "sandbox"):
-            self._own.sandbox = Sandbox(self._sandbox)
-        verdict: Verdict = self._own.sandbox.run(request.program)
+        try:
+            if not hasattr(self._own, "sandbox"):
+                self._own.sandbox = Sandbox(self._sandbox)
+            verdict: Verdict = self._own.sandbox.run(request.program)
+        except (SandboxError, OSError) as error:
+            raise EngineDeadError(f"program {request.id} was not judged: {told(error)}") from error
         self.progress += 1
         return verdict
 

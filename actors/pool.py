@@ -209,7 +209,8 @@ class ElasticPool(Generic[Request, Result]):
         async with self._room:
             if self._broken:
                 raise self._broken
-            waiting = _Waiting[Request, Result](request, asyncio.get_running_loop().create_future())
+            # Not _Waiting[…](…), which is slow: it sets an attribute, for which there is no slot, and catches the error.
+            waiting: _Waiting[Request, Result] = _Waiting(request, asyncio.get_running_loop().create_future())
             self._queue.append(waiting)
             self._wake()
             return await waiting.result
@@ -288,13 +289,15 @@ class ElasticPool(Generic[Request, Result]):
         if self._paused or self._broken or self._checkpoint is None:
             return
         ready = [worker for worker in self._workers if worker.ready]
-        waiting = len(self._queue) + len(self._suspects) + self.upcoming
+        queued = len(self._queue) + len(self._suspects)
+        starved = not queued and any(not worker.requests for worker in ready)  # what is to come waits elsewhere
+        waiting = queued + (0 if starved else self.upcoming)
         load = Load(waiting, len(ready), len(self._workers) - len(ready), self._meter.rate())
         if decision := growth(load, self._least, self._most, self._scaling.grow_after):
             self._grow(decision)
         long_ago = time.monotonic() - self._scaling.shrink_after
         idle = [worker for worker in ready if not worker.requests and worker.idle_since < long_ago]
-        if not waiting:  # nor is there use for workers that still wait for a node
+        if not queued:  # nor do workers that wait for a node keep it from other pools
             idle = [w for w in self._workers if w.place is None and w.created < long_ago] + idle
         for worker in idle[: max(0, len(self._workers) - self._least)]:
             self._counts["shrunk"] += 1
@@ -462,7 +465,8 @@ class ElasticPool(Generic[Request, Result]):
         try:
             results = await self._ask(worker, self._method, [waiting.request for waiting in batch])
         except (RayActorError, EngineDeadError) as error:
-            lost = worker.lost or error  # once the pool has ended a worker, its calls tell of that alone
+            # Once the pool has ended a worker, its calls tell of that; unless they know that its node is gone.
+            lost = error if _node_is_lost(error) else worker.lost or error
         except WorkerError as error:
             logger.error("%s", error, extra=_about(batch))
             self._fail(batch, error)

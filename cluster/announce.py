@@ -87,7 +87,7 @@ def main() -> None:
         config = ray_cluster() if options.kuberay else yaml.safe_load(options.ray_up.read_text())
         groups = node_groups(config)
         announce(groups, options.address, options.wait)
-    except (OSError, ValueError, RayError) as error:
+    except (OSError, ValueError, LookupError, yaml.YAMLError, RayError) as error:
         sys.exit(f"which nodes may come is not announced, so no run is refused for its size: {error}")
     print("announced:", "; ".join(f"{g.name}: {g.max_count} of {dict(g.resources) or 'unknown size'}" for g in groups))
 

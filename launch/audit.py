@@ -27,12 +27,13 @@ from sapo_ray.tasks.base import Split, Task
 
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=Existing(file_okay=False))
+@click.option("--no-programs", is_flag=True, help="Take the verdicts on programs as they are: nothing is run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @click.pass_context
-def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
+def audit(ctx: click.Context, run_dir: str, no_programs: bool, as_json: bool) -> None:
     """Re-derive every label of RUN from its stored rollouts, every predicted first error from its scores, every answer
     from its steps and every pair from its solutions and their scores; look for anything stored twice or missing.
-    Programs are run again.
+    Programs are run again, and once more where the verdict is another.
 
     Exits with 1 if something does not follow.
 
@@ -45,7 +46,7 @@ def audit(ctx: click.Context, run_dir: str, as_json: bool) -> None:
         raise SapoError(f"{run_dir} is no run: it has no config.yaml")
     config = load_config(RunConfig, store.folder.locate("config.yaml"))
     task, checked = make_task(config.task), Counter[str]()
-    with Sandbox(config.sandbox) if config.runs_programs else nullcontext() as sandbox:
+    with Sandbox(config.sandbox) if config.runs_programs and not no_programs else nullcontext() as sandbox:
         problems = list(_audit_run(store, config, task, checked, sandbox))
     if as_json:
         click.echo(json.dumps({"checked": dict(checked), "problems": problems}))

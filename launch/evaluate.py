@@ -63,7 +63,7 @@ def evaluate(
     labelled = read_records(labels, _labelled, "labelled trajectory") if labels else None
     arguments = ("evaluate_labels", labelled) if labelled else ("evaluate", "evaluate")
     with (
-        ray_session(settings),
+        ray_session(settings, trains=False),
         ConsoleReporter() as reporter,
         CoordinatorClient(settings, str(Path.cwd()), reporter) as coordinator,
     ):

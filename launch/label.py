@@ -79,7 +79,7 @@ def label(
             f"{trajectories}: labeling.truncated, fraction and right_fraction leave none of {len(items)} rows"
         )
     with (
-        ray_session(settings),
+        ray_session(settings, trains=False),
         ConsoleReporter() as reporter,
         CoordinatorClient(settings, store.location, reporter) as coordinator,
     ):

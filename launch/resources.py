@@ -83,8 +83,11 @@ def _autoscales() -> bool:
     return any(not re.fullmatch("node_[0-9a-f]+", kind) for kind in report.get("active_nodes", ()))
 
 
-def phases(config: RunConfig) -> list[list[Demand]]:
-    """What a run holds at the same time: everything, or where it is `colocated`, engines and training in turn."""
+def phases(config: RunConfig, *, trains: bool = True) -> list[list[Demand]]:
+    """What a run holds at the same time: everything, or where it is `colocated`, pools and training in turn.
+
+    Engines that sleep stay where they are.
+    """
     sections: dict[str, PoolConfig | TrainerConfig] = {
         "engine": config.engine,
         "verifier": config.verifier,
@@ -97,19 +100,21 @@ def phases(config: RunConfig) -> list[list[Demand]]:
         for name, c in sections.items()
     )
     coordinator = Demand("ray", 1, {"CPU": config.ray.coordinator_cpus})
-    pools = [engine, verifier, *([executor] if config.runs_programs else [])]
-    if config.placement == "colocated" and not config.engine.sleep:
-        return [[*pools, coordinator], [trainer, coordinator]]
-    return [[*pools, trainer, coordinator]]
+    pools = [engine, coordinator, *([verifier] if config.verify else []), *([executor] if config.runs_programs else [])]
+    if not trains:
+        return [pools]
+    if config.placement == "colocated":
+        return [pools, [*([engine] if config.engine.sleep else []), trainer, coordinator]]
+    return [[*pools, trainer]]
 
 
-def check_fits(config: RunConfig, nodes: Sequence[Nodes]) -> None:
+def check_fits(config: RunConfig, nodes: Sequence[Nodes], *, trains: bool = True) -> None:
     """Raises SapoError, naming keys and what is offered, for a demand that the nodes can never meet.
 
     What fits is never refused. What passes may yet not fit: how the workers of several sections share nodes is not
     looked at.
     """
-    for wanted in phases(config):
+    for wanted in phases(config, trains=trains):
         for demand in wanted:
             if not _held(demand, nodes):
                 raise SapoError(f"no node has {_need(demand)}, which a worker needs on one node; {_offer(nodes)}")

@@ -20,15 +20,18 @@ _PROJECT = Path(__file__).parents[1]
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
-    """A connection to Ray. Raises SapoError where the cluster is away, or too small for what the config reserves."""
+def ray_session(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
+    """A connection to Ray. Raises SapoError where the cluster is away, or too small for what the config reserves.
+
+    What does not train needs no room for training workers.
+    """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_answers(address)
     if not address and config.ray.num_cpus is not None:
-        check_fits(config, [Nodes("this machine", 1, {"CPU": config.ray.num_cpus, "GPU": math.inf})])
+        check_fits(config, [Nodes("this machine", 1, {"CPU": config.ray.num_cpus, "GPU": math.inf})], trains=trains)
     environment = _environment()
     # Ray's workers are nice by default, so that anything else on the machine would hold them up.
     os.environ.update({"RAY_worker_niceness": "0", **environment})
@@ -42,7 +45,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
-        check_fits(config, offered_nodes())
+        check_fits(config, offered_nodes(), trains=trains)
         yield
     finally:
         with postponed():

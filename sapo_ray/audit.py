@@ -63,7 +63,8 @@ def audit_answers(
 ) -> Iterator[str]:
     """One line for every sampled trajectory of another question, or whose answer is not what its steps come to.
 
-    Programs are run again, in `sandbox`.
+    Programs are run again in `sandbox`, a second time where the verdict is another: some end within their time on one
+    day and not on the next. Without one their verdicts are taken as they are.
     """
     known = {question.id: question for question in questions}
     for trajectory in trajectories:
@@ -72,8 +73,13 @@ def audit_answers(
             yield f"{trajectory.id}: {trajectory.question_id} is no question that is sampled here"
             continue
         answer = None if trajectory.truncated else task.answer(trajectory.steps)
-        program = task.program(answer, question.answer) if sandbox else None
-        correct = sandbox.run(program).passed if sandbox and program else task.is_correct(answer, question.answer)
+        program = task.program(answer, question.answer)
+        if program is None:
+            correct = task.is_correct(answer, question.answer)
+        else:
+            correct = trajectory.correct
+            if sandbox and sandbox.run(program).passed != correct:
+                correct = sandbox.run(program).passed
         if (trajectory.answer, trajectory.correct) != (answer, correct):
             yield (
                 f"{trajectory.id}: its answer {trajectory.answer!r} is {_verdict(trajectory.correct)}, "

@@ -121,10 +121,15 @@ class RunConfig:
         for pool in ("engine", "verifier"):
             if getattr(self, pool).kind is None and not isinstance(self.task, ChainConfig):
                 raise ValueError(f"{pool}.kind is null; workers without a model solve the task chain alone")
+        if self.runs_programs and self.sandbox.wall_seconds >= self.scaling.hang_after:
+            raise ValueError(
+                f"sandbox.wall_seconds is {self.sandbox.wall_seconds:g}; it must lie below scaling.hang_after = "
+                f"{self.scaling.hang_after:g}, or a slow program's worker is taken for hung"
+            )
         if not (self.verify or self.pairs.require_outcome):
             raise ValueError("pairs.require_outcome is false; without `verify` there is nothing else to pair by")
 
     @property
     def runs_programs(self) -> bool:
         """Whether answers are programs, which are judged by running them."""
-        return isinstance(self.task, CodeConfig)
+        return isinstance(self.task, CodeConfig) or (isinstance(self.task, CustomConfig) and self.task.programs)

@@ -203,6 +203,8 @@ class VerifierConfig(PoolConfig):
 
 @dataclass(kw_only=True)
 class ExecutorConfig(PoolConfig):
+    workers: int = changeable(1)
+    """Workers that are always up; may be 0 where `max_workers` is set."""
     threads: int = changeable(0)
     """Programs that a worker runs at once; 0 takes `cpus_per_worker`, rounded down, and at least one."""
     cpus_per_worker: float = changeable(0.3)
@@ -211,6 +213,13 @@ class ExecutorConfig(PoolConfig):
     """Most programs in one call of a worker."""
     in_flight: int = changeable(2)
     """Calls a worker has at once: while one is answered, the programs of the other run."""
+    gpus_per_worker: float = changeable(0.0)
+    """Always 0: programs see no GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus_per_worker:
+            raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}; programs see no GPU: it must be 0")
 
 
 def cpu_threads(config: PoolConfig) -> int:

@@ -135,7 +135,9 @@ class Solver:
         if program is None:
             return self.task.is_correct(answer, gold)
         if self._execute is None:
-            raise RuntimeError(f"request {request_id}: there is nothing to run its program with")
+            raise RuntimeError(
+                f"request {request_id}: nothing runs its program; task.programs must say that there are some"
+            )
         return (await self._execute(ExecuteRequest(request_id, program))).passed
 
 

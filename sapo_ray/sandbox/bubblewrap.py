@@ -9,6 +9,7 @@ that at another place. Being another user than root matters: limits on processes
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,9 +57,10 @@ def fault() -> tuple[str, str] | None:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         return "none", "apt-get install -y bubblewrap"
-    version = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=False).stdout.split()[-1]
-    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
-        return f"{version} is too old", "install bubblewrap 0.8 or newer (Debian 12, Ubuntu 24.04)"
+    said = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    version = re.search(r"([0-9]+)\.([0-9]+)", said)
+    if version is None or (int(version[1]), int(version[2])) < _OLDEST:
+        return f"{said or 'its version'} is too old", "install bubblewrap 0.8 or newer (Debian 12, Ubuntu 24.04)"
     trial = subprocess.run(
         [*command(1), interpreter(), "-S", "-c", ""], env={}, capture_output=True, text=True, check=False, cwd="/"
     )

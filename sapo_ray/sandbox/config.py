@@ -14,8 +14,9 @@ class SandboxConfig:
     an empty environment only, which keeps a program neither from files nor from the network (docs/sandbox.md)."""
     cpu_seconds: int = 5
     """CPU seconds of each of a program's processes."""
-    wall_seconds: float = 10.0
-    """Seconds that a program and its tests may take together. Well above `cpu_seconds`, a busy machine fails nobody."""
+    wall_seconds: float = 30.0
+    """Seconds that a program and its tests may take together: well above `cpu_seconds`, so that a busy machine fails few,
+    and below `scaling.hang_after`."""
     memory_mib: int = 256
     """Address space of each of a program's processes and of the one that runs its tests, in MiB."""
     processes: int = 4

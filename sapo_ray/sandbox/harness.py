@@ -300,8 +300,11 @@ def close_ways_out() -> None:
         sys.exit(f"the judge cannot give up its capabilities: {os.strerror(ctypes.get_errno())}")
 
 
-def become_solution(connection: socket.socket, limits: dict[str, Any]) -> NoReturn:
-    """What the fork does: it keeps the channel and the output, and nothing else."""
+def become_solution(connection: socket.socket, limits: dict[str, Any], judge: int) -> NoReturn:
+    """What the fork does: it keeps the channel and the output, and nothing else, and ends with its judge."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # which a fork does not take along
+    if os.getppid() != judge:
+        os._exit(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.closerange(3, connection.fileno())
@@ -324,9 +327,9 @@ def main() -> None:
     limit(limits)
     sys.set_int_max_str_digits(0)
     ours, theirs = socket.socketpair()
-    child = os.fork()
+    judge_id, child = os.getpid(), os.fork()
     if not child:
-        become_solution(theirs, limits)
+        become_solution(theirs, limits, judge_id)
     theirs.close()
     os.write(verdicts, b"ready\n")
     program = json.loads(sys.stdin.buffer.read())

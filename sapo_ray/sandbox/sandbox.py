@@ -61,7 +61,7 @@ class Sandbox:
         self.close()
 
     def run(self, program: Program) -> Verdict:
-        """Runs a program's tests against its solution."""
+        """Runs a program's tests against its solution. Raises SandboxError where there is no verdict to be had."""
         if self._next and not self._next.waits():
             self.close()
         cell = self._next or _Cell(self._config)
@@ -105,7 +105,7 @@ class _Cell:
         return self._thread.is_alive() and self._process.poll() is None
 
     def judge(self, program: Program) -> Verdict:
-        """What comes of the program. Raises SandboxError where the sandbox did not start."""
+        """What comes of the program. Raises SandboxError where the sandbox did not start, or its judge was killed."""
         ears = _Ears(self._process, self._config.output_kib * 1024)
         ears.listen(_START_SECONDS, until=b"\n")
         if not ears.said:
@@ -129,6 +129,8 @@ class _Cell:
             return Verdict(*stopped, ears.output(), seconds)
         if not ears.said:
             reason = f"the judge ended with status {self._process.returncode} and no verdict"
+            if self._config.kind == "bubblewrap":  # by nothing that a program can do
+                raise SandboxError(reason)
             return Verdict("error", reason, ears.output(), seconds)
         verdict, reason, seconds = json.loads(ears.said)
         return Verdict(verdict, reason, ears.output(), seconds)

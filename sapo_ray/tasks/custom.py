@@ -21,6 +21,8 @@ class CustomConfig:
     """A class of your own."""
     name: str
     """Name of an entry point of the group `sapo_ray.tasks`, which an installed package registers."""
+    programs: bool = False
+    """Whether its answers are programs (`Task.program`), for which there are executor workers then."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class."""
 

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
 from actors.executor import executor_pool
-from actors.pool import ElasticPool
+from actors.pool import ElasticPool, WorkerError
 from sapo_ray.requests import ExecuteRequest, ExecutorConfig
 from sapo_ray.sandbox import Program, SandboxConfig, Verdict
 from sapo_ray.scaling import ScalingConfig
@@ -70,11 +73,11 @@ def test_a_killed_worker_leaves_no_sandbox_and_its_programs_are_run_by_another()
     async def test(pool: Pool) -> None:
         await pool.submit(request("right"))
         (worker,) = [p for p in psutil.Process().children(recursive=True) if "ExecutorWorker" in " ".join(p.cmdline())]
-        sandboxes = worker.children(recursive=True)
-        assert sandboxes
+        waiting = set(worker.children(recursive=True))
         results = asyncio.gather(*(pool.submit(request("endless", n)) for n in range(4)))
-        while not pool.stats().in_flight:
+        while not (running := set(worker.children(recursive=True)) - waiting):
             await asyncio.sleep(0.01)
+        sandboxes = waiting | running
         os.kill(worker.pid, signal.SIGKILL)
         assert [verdict.verdict for verdict in await results] == ["timeout"] * 4
         assert pool.stats().counts["dead"] == 1
@@ -82,3 +85,43 @@ def test_a_killed_worker_leaves_no_sandbox_and_its_programs_are_run_by_another()
         assert not [process for process in sandboxes if process.is_running()]
 
     run(test)
+
+
+@pytest.fixture
+def visible() -> Iterator[Path]:
+    """A folder that bubblewrap does not hide, as it does /tmp."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_sandbox_that_fails_costs_a_worker_and_no_program(visible: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three starts of bwrap fail: that of the sandbox which waits, that of the one in its place, and another."""
+    faults, bwrap = [visible / f"fault-{number}" for number in range(3)], visible / "bwrap"
+    bwrap.write_text(
+        f"#!{shutil.which('bash')}\n"
+        f"for fault in {visible}/fault-*; do if rm $fault 2>/dev/null; then exit 1; fi; done\n"
+        f'exec {shutil.which("bwrap")} "$@"\n'
+    )
+    bwrap.chmod(0o755)
+    path = {"PATH": f"{visible}:{os.environ['PATH']}"}
+    monkeypatch.setattr("actors.executor.thread_environment", lambda _: path)
+
+    async def test(pool: Pool) -> None:
+        assert (await pool.submit(request("right"))).verdict == "pass"
+        for fault in faults:
+            fault.touch()
+        assert (await pool.submit(request("right", 1))).verdict == "pass"  # its sandbox is there already
+        await asyncio.sleep(2)
+        assert (await pool.submit(request("right", 2))).verdict == "pass"
+        assert (pool.stats().counts["dead"], pool.stats().counts["retries"]) == (1, 1)
+
+    run(test)
+
+
+def test_a_node_without_the_sandbox_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bash", "sh"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setattr("actors.executor.thread_environment", lambda _: {"PATH": str(tmp_path)})
+    with pytest.raises(WorkerError, match=r"executor worker 0: start failed: .*which does not work here: none;"):
+        run(lambda pool: asyncio.sleep(0))

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
+from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
 
 from actors.pool import ElasticPool, WorkerError
 from actors.worker import Place
 from sapo_ray.requests import PoolConfig
-from sapo_ray.scaling import ScalingConfig
+from sapo_ray.scaling import Growth, ScalingConfig
 
 TURNS = range(40)
 """More turns than a worker takes to start."""
@@ -205,3 +205,35 @@ def test_a_command_that_fails_on_one_worker_holds_back_no_request(monkeypatch: p
         assert await waiting == ["first", "first"]
 
     run(test, workers=2)
+
+
+def test_a_node_that_falls_silent_before_it_is_known_to_be_gone_is_held_against_no_request() -> None:
+    async def test(pool: TestPool, _: list[Handle]) -> None:
+        asked = submit(pool, "0")
+        await turns(2)
+        pool._lose(pool._workers[0], ActorUnavailableError("no route", None))
+        assert await asked == ["first"]
+        assert pool.stats().counts["retries"] == 1
+        assert not pool._suspects
+
+    run(test, NodeDiedError("gone"))
+
+
+def test_what_is_to_come_holds_no_worker_while_others_idle() -> None:
+    """It waits for another pool, which may need the room: none is added, and one without a node is withdrawn."""
+
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        pool.upcoming = 1000.0
+        assert await submit(pool, "0") == ["first"]  # a rate is known
+        pool._meter.tick(1)
+        await asyncio.sleep(0.1)
+        pool._meter.tick(1)
+        pool._scale()
+        assert len(handles) == 1
+        pool._grow(Growth(1, "test"))
+        await turns(len(TURNS))
+        pool._workers[1].place, pool._workers[1].created = None, 0.0
+        pool._scale()
+        assert [handle.killed.is_set() for handle in handles] == [False, True]
+
+    run(test, max_workers=8)

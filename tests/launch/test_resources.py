@@ -15,6 +15,8 @@ from launch.resources import Nodes, check_fits, offered_nodes, phases
 from sapo_ray.config import RayConfig, RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import EngineConfig, VerifierConfig
+from sapo_ray.tasks import CodeConfig
+from sapo_ray.tasks.sources import SourceConfig
 from sapo_ray.training import TrainerConfig
 
 GPU_NODES = Nodes("node type gpu", 2, {"CPU": 16.0, "GPU": 4.0})
@@ -127,6 +129,23 @@ def test_workers_that_would_have_to_straddle_nodes_are_named_with_how_many_can_b
         "engine.gpus_per_worker = 2 on one node; the cluster offers head: 4 CPU, 0 GPU; a: 16 CPU, 3 GPU; "
         "b: 16 CPU, 3 GPU"
     )
+
+
+def _sections(config: RunConfig, *, trains: bool = True) -> list[set[str]]:
+    return [{demand.section for demand in wanted} for wanted in phases(config, trains=trains)]
+
+
+def test_what_is_up_at_the_same_time_is_what_a_command_starts() -> None:
+    pools = {"ray", "engine", "verifier"}
+    assert _sections(CONFIG) == [pools | {"trainer"}]
+    assert _sections(CONFIG, trains=False) == [pools]
+    assert _sections(replace(CONFIG, verify=False)) == [{"ray", "engine", "trainer"}]
+    code = CodeConfig(train_data=SourceConfig(path="mbpp.jsonl"), test=10)
+    assert _sections(replace(CONFIG, task=code)) == [pools | {"executor", "trainer"}]
+    colocated = replace(CONFIG, task=code, placement="colocated")
+    assert _sections(colocated) == [pools | {"executor"}, {"ray", "trainer"}]
+    sleeping = replace(colocated, engine=EngineConfig(gpus_per_worker=0.5, sleep=True))
+    assert _sections(sleeping) == [pools | {"executor"}, {"ray", "engine", "trainer"}]
 
 
 def test_tenths_of_a_cpu_add_up_to_whole_ones() -> None:

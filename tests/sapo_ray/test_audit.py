@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,10 @@ from sapo_ray.data import Estimate, LabelledTrajectory, PreferencePair, Rollout,
 from sapo_ray.labelers import LabelingConfig, expand, make_labeler
 from sapo_ray.pairs import PairsConfig, make_pairs
 from sapo_ray.sampler import original_trajectory
+from sapo_ray.sandbox import Sandbox, SandboxConfig
+from sapo_ray.tasks import Code, CodeConfig
 from sapo_ray.tasks.chain import Chain, ChainConfig
+from sapo_ray.tasks.sources import SourceConfig
 
 CONFIG = LabelingConfig(rollouts=3)
 WRONG = Trajectory("w", "q", "?", ("a", "b", "c", "d"), "9", correct=False)
@@ -246,3 +251,20 @@ def test_answers_follow_from_steps() -> None:
     assert found(replace(right, answer="x"))
     assert found(replace(right, truncated=True))
     assert found(replace(right, steps=right.steps[:-1]))
+
+
+@pytest.mark.usefixtures("needs_bubblewrap")
+def test_programs_are_run_again_where_there_is_a_sandbox(tmp_path: Path) -> None:
+    (tmp_path / "code.jsonl").write_text(json.dumps({"question": "?", "tests": ["assert f(2) == 4"]}))
+    source = SourceConfig(path=str(tmp_path / "code.jsonl"), answer="tests")
+    task = Code(CodeConfig(train_data=source, worked=0, validation=0, test=1))
+    (question,) = task.questions("test")
+    right = Trajectory("t", question.id, "?", ("def f(x):\n", "    return 2 * x\n"), "", correct=True)
+    right = replace(right, answer="".join(right.steps))
+    wrong = replace(right, correct=False)
+    with Sandbox(SandboxConfig()) as sandbox:
+        assert list(audit_answers([right], [question], task, sandbox)) == []
+        (found,) = audit_answers([wrong], [question], task, sandbox)
+    assert "is wrong, but its steps come to" in found
+    assert list(audit_answers([right, wrong], [question], task)) == []  # taken as they are
+    assert len(list(audit_answers([replace(right, answer="x")], [question], task))) == 1

@@ -94,7 +94,7 @@ def test_a_program_is_run_and_its_verdict_says_whether_it_is_right(tmp_path: Pat
     assert [sample.correct for sample in samples] == [True, False, False, False]
     assert [(r.id, r.program.solution) for r in asked] == [("s/train-1/0", texts[0]), ("s/train-1/1", texts[1])]
     blind = Sampler(Solver(task, TOKENIZER, Reasoner(texts.__getitem__), 0), SamplingConfig())
-    with pytest.raises(RuntimeError, match=r"request s/train-1/0: there is nothing to run its program with"):
+    with pytest.raises(RuntimeError, match=r"request s/train-1/0: nothing runs its program"):
         asyncio.run(blind.sample(question, "s", [0]))
 
 
