@@ -209,7 +209,7 @@ class ElasticPool(Generic[Request, Result]):
         async with self._room:
             if self._broken:
                 raise self._broken
-            # Not _Waiting[…](…), which is slow: it sets an attribute, for which there is no slot, and catches the error.
+            # Not _Waiting[…](…), which is slow: it sets an attribute that has no slot, and catches the error.
             waiting: _Waiting[Request, Result] = _Waiting(request, asyncio.get_running_loop().create_future())
             self._queue.append(waiting)
             self._wake()

@@ -15,8 +15,8 @@ class SandboxConfig:
     cpu_seconds: int = 5
     """CPU seconds of each of a program's processes."""
     wall_seconds: float = 30.0
-    """Seconds that a program and its tests may take together: well above `cpu_seconds`, so that a busy machine fails few,
-    and below `scaling.hang_after`."""
+    """Seconds that a program and its tests may take together: well above `cpu_seconds`, as a machine may be busy, and
+    below `scaling.hang_after`."""
     memory_mib: int = 256
     """Address space of each of a program's processes and of the one that runs its tests, in MiB."""
     processes: int = 4
