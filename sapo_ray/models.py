@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,12 +97,15 @@ def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Pa
                 bos_token_id=None,
             )
         )
-    _save(model, path)
+    save_model(model, path)
     tokenizer.save_pretrained(path)
 
 
-def _save(model: PreTrainedModel, path: Path) -> None:
-    """What `model.save_pretrained` writes. That would import every training engine it finds, and one of them prints."""
+def save_model(model: PreTrainedModel, path: Path) -> None:
+    """What `model.save_pretrained` writes, in one file of weights.
+
+    That would import every training engine it finds, and one of them prints.
+    """
     from safetensors.torch import save_file
 
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
@@ -110,6 +114,7 @@ def _save(model: PreTrainedModel, path: Path) -> None:
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(path / "config.json", path / "model.safetensors")  # safetensors keeps its files to their owner
 
 
 @dataclass(frozen=True, slots=True)
