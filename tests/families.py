@@ -72,9 +72,8 @@ def _byte_level_tokenizer(pre: str) -> PreTrainedTokenizerBase:
     backend.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=alphabet)
     )
-    return TokenizersBackend(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
+    pad = "<|endoftext|>" if pre == "qwen2" else None  # most Llamas have none
+    return TokenizersBackend(tokenizer_object=backend, eos_token="<|im_end|>", pad_token=pad, chat_template=CHATML)
 
 
 def _gemma_tokenizer() -> PreTrainedTokenizerBase:
