@@ -57,6 +57,7 @@ def import_model(source: str, directory: Path, dtype: str | None = None, revisio
     """
     import torch
 
+    directory = directory.resolve()
     _check_place(directory)
     wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
     if Path(source).is_dir():
@@ -69,15 +70,20 @@ def import_model(source: str, directory: Path, dtype: str | None = None, revisio
 
 
 def _check_place(directory: Path) -> None:
-    if not directory.absolute().parent.is_dir():
-        raise SapoError(f"{directory.absolute().parent} is no directory to make {directory.name} in; make it first")
+    if not directory.parent.is_dir():
+        raise SapoError(f"{directory.parent} is no directory to make {directory.name} in; make it first")
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise SapoError(f"{directory} exists and is not an empty directory; choose another, or remove it")
+    staging = directory.with_name(f"{directory.name}.tmp")
+    if staging.exists():
+        raise SapoError(
+            f"{staging} is where the import works, and exists; remove it, if it is left of one, or rename it"
+        )
 
 
 def _from_gguf(source: Path, directory: Path, dtype: torch.dtype | None) -> Imported:
     model, tokenizer = load_gguf(source, dtype)
-    home, name = Folder(directory.absolute().parent), directory.name
+    home, name = Folder(directory.parent), directory.name
     with home.staging(name) as made:
         save_model(model, made)
         model.generation_config.save_pretrained(made)
@@ -98,7 +104,7 @@ def _from_hub(source: str, revision: str | None, directory: Path, dtype: torch.d
     tokenizer = _check(snapshot, source)
     snapshot = _snapshot(source, snapshot.name, [*_CONFIG, *_TOKENIZER, *_WEIGHTS])
     shards = _check_weights(snapshot, source)
-    home, name = Folder(directory.absolute().parent), directory.name
+    home, name = Folder(directory.parent), directory.name
     with home.staging(name) as made:
         copied = [*_TOKENIZER, "generation_config.json"]
         if dtype is None:

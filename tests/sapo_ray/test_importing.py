@@ -195,9 +195,11 @@ def test_places_and_sources_that_do_not_fit_are_named(
     source = str(write_gguf(tmp_path / "tiny.gguf", QWEN, *qwen))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").touch()
+    (tmp_path / "mine.tmp").mkdir()
     for target, message in {
         tmp_path / "full": "full exists and is not an empty directory; choose another, or remove it",
         tmp_path / "tiny.gguf": "tiny.gguf exists and is not an empty directory",
+        tmp_path / "mine": "mine.tmp is where the import works, and exists; remove it, if it is left of one",
         tmp_path / "no" / "made": f"{tmp_path}/no is no directory to make made in; make it first",
     }.items():
         with pytest.raises(SapoError, match=message):
