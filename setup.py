@@ -41,6 +41,8 @@ setup(
         "transformers",
         "tokenizers",
         "safetensors",
+        "gguf",
+        "huggingface-hub",
         "ray[default,train]",
         "deepspeed",
         "peft",

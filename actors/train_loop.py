@@ -38,6 +38,7 @@ from sapo_ray.errors import told
 from sapo_ray.files import Folder, joined, split
 from sapo_ray.lease import HeldFolder
 from sapo_ray.manifest import DamagedError, Files, records_of
+from sapo_ray.models import attention
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
 from sapo_ray.shards import read_rows
@@ -180,7 +181,8 @@ class Training:
 
     def _sums(self, step: Sequence[int]) -> Tensor:
         """The sums of all loss terms over a micro-batch, in the order of the objective's weights."""
-        batch = collate([self.data.examples[i] for i in step], self.tokenizer.pad_token_id).to(self.device)
+        # Padding is never looked at, and not every family has a token for it.
+        batch = collate([self.data.examples[i] for i in step], self.tokenizer.pad_token_id or 0).to(self.device)
         sums = self.objective.terms(self.engine, batch)
         return torch.stack([sums[term] for term in self.objective.weights])
 
@@ -335,7 +337,9 @@ def load_model(job: TrainJob, init: str, head: Head) -> PreTrainedModel:
     for key in [key for key, value in vars(config).items() if "drop" in key and value]:
         setattr(config, key, 0.0)
     auto = {"causal_lm": AutoModelForCausalLM, "token_classification": AutoModelForTokenClassification}[head]
-    model: PreTrainedModel = auto.from_pretrained(init, config=config, dtype=torch.float32)
+    model: PreTrainedModel = auto.from_pretrained(
+        init, config=config, dtype=torch.float32, attn_implementation=attention(config)
+    )
     model.train()  # checkpoints come in evaluation mode, in which transformers leaves gradient checkpointing out
     if job.config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -11,7 +11,7 @@ import click
 from launch import signals
 from sapo_ray.errors import SapoError, one_line, told
 
-COMMANDS = ("run", "submit", "label", "evaluate", "processbench", "show", "audit", "doctor")
+COMMANDS = ("run", "submit", "label", "evaluate", "processbench", "show", "audit", "model", "doctor")
 
 
 class Failure(click.ClickException):
@@ -39,6 +39,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:  # the help of a group of commands, asked for without one
+            raise
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "sapo"
             raise Failure(f"{error.format_message()} (see {command} --help)") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +21,14 @@ from sapo_ray.manifest import recorded
 CALIBRATION_FILE = "calibration.json"
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     path: str | None = None
-    """A Hugging Face checkpoint directory to start from, or the URI of a checkpoint of a run; if null, a Qwen2 with
-    random weights as the keys below say."""
+    """A Hugging Face checkpoint directory to start from (`sapo model import` makes one), or the URI of a checkpoint of
+    a run; if null, a Qwen2 with random weights as the keys below say."""
     hidden_size: int = 128
     """Width of the residual stream."""
     layers: int = 6
@@ -96,12 +97,15 @@ def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Pa
                 bos_token_id=None,
             )
         )
-    _save(model, path)
+    save_model(model, path)
     tokenizer.save_pretrained(path)
 
 
-def _save(model: PreTrainedModel, path: Path) -> None:
-    """What `model.save_pretrained` writes. That would import every training engine it finds, and one of them prints."""
+def save_model(model: PreTrainedModel, path: Path) -> None:
+    """What `model.save_pretrained` writes, in one file of weights.
+
+    That would import every training engine it finds, and one of them prints.
+    """
     from safetensors.torch import save_file
 
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
@@ -110,6 +114,15 @@ def _save(model: PreTrainedModel, path: Path) -> None:
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(path / "config.json", path / "model.safetensors")  # safetensors keeps its files to their owner
+
+
+def attention(config: PreTrainedConfig) -> str | None:
+    """The attention that transformers has to be asked for: None is its own choice.
+
+    That is PyTorch's fused attention, which leaves out without a word how Gemma 2 caps the logits of its own.
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForTokenClassification, PreTrained
 
 from sapo_ray.encoding import Encoded
 from sapo_ray.errors import SapoError
+from sapo_ray.models import attention
 
 
 def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -23,7 +24,9 @@ def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32, device: s
             f"{checkpoint} holds {kind} with num_labels = {config.num_labels}; a verifier is a "
             "…ForTokenClassification with num_labels = 1"
         )
-    model: PreTrainedModel = AutoModelForTokenClassification.from_pretrained(checkpoint, dtype=dtype)
+    model: PreTrainedModel = AutoModelForTokenClassification.from_pretrained(
+        checkpoint, dtype=dtype, attn_implementation=attention(config)
+    )
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()  # type: ignore[no-any-return]
 

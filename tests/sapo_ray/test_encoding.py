@@ -17,6 +17,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.models import character_tokenizer
 from sapo_ray.steps import StepUnit, split_steps
 from sapo_ray.tasks.chain import VOCABULARY
+from tests.families import FAMILIES, tiny_tokenizer
 
 
 def _trained(texts: list[str], size: int, *, use_regex: bool) -> PreTrainedTokenizerBase:
@@ -34,6 +35,7 @@ def _trained(texts: list[str], size: int, *, use_regex: bool) -> PreTrainedToken
 MERGING = _trained(["1+1=2\n2+1=3\n3+3=6\n" * 20], 400, use_regex=False)
 """Merges across line ends, too."""
 CHARACTERS = character_tokenizer(VOCABULARY, 512)
+FAMILIAR = [tiny_tokenizer(family) for family in FAMILIES.values()]
 STEPS = st.lists(st.text(alphabet="123+=\n", min_size=1, max_size=12), max_size=5)
 
 
@@ -42,7 +44,11 @@ def test_the_example_tokenizer_does_merge_across_steps() -> None:
     assert MERGING.encode("1")[0] == MERGING.bos_token_id
 
 
-@given(prompt=st.text(alphabet="123+=\n", min_size=1), steps=STEPS, tokenizer=st.sampled_from([MERGING, CHARACTERS]))
+@given(
+    prompt=st.text(alphabet="123+=\n", min_size=1),
+    steps=STEPS,
+    tokenizer=st.sampled_from([MERGING, CHARACTERS, *FAMILIAR]),
+)
 def test_prefixes_of_the_steps_are_prefixes_of_the_tokens(
     prompt: str, steps: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
