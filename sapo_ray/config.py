@@ -121,6 +121,11 @@ class RunConfig:
         for pool in ("engine", "verifier"):
             if getattr(self, pool).kind is None and not isinstance(self.task, ChainConfig):
                 raise ValueError(f"{pool}.kind is null; workers without a model solve the task chain alone")
+        for stage, training in (("sft", self.sft), ("prm", self.prm), ("align", self.align)):
+            if training.lora and training.lora.quantize and not self.trainer.gpus_per_worker:
+                raise ValueError(
+                    f"{stage}.lora.quantize is {training.lora.quantize}; it needs GPUs: set trainer.gpus_per_worker"
+                )
         if not (self.verify or self.pairs.require_outcome):
             raise ValueError("pairs.require_outcome is false; without `verify` there is nothing else to pair by")
 
