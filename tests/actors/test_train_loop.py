@@ -227,6 +227,7 @@ def test_interrupted_adapters_become_the_weights_of_undisturbed_ones(
         load_file(Path(of, "model.safetensors")) for of in (asked.init, asked.out, undisturbed.checkpoint)
     )
     torch.testing.assert_close(trained, same, atol=0, rtol=0)
+    assert trained.keys() == before.keys()
     assert {weight.dtype for weight in trained.values()} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
     changed = {name for name, weight in trained.items() if not torch.equal(weight, before[name].to(weight.dtype))}
     assert {name.split(".")[-2] for name in changed} == set(LORA.targets or ())
