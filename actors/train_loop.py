@@ -11,8 +11,9 @@ import gc
 import json
 import logging
 import math
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ from sapo_ray.cache import local_checkpoint, local_copy
 from sapo_ray.errors import told
 from sapo_ray.files import Folder, joined, split
 from sapo_ray.lease import HeldFolder
+from sapo_ray.lora import merge, quantization, with_adapters
 from sapo_ray.manifest import DamagedError, Files, records_of
 from sapo_ray.models import attention
 from sapo_ray.objectives import make_objective
@@ -55,6 +57,7 @@ from sapo_ray.training import (
 logger = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 T = TypeVar("T")
 Report = Callable[[int, list[dict[str, float]]], None]
 """Takes the updates in all, and the metrics of those made since the last report (see `TrainResult`)."""
@@ -112,13 +115,15 @@ class Training:
         home, self.name = split(job.out)
         self.home = Folder(home) if job.driver is None else HeldFolder(home, job.driver, Folder(joined(home, "..")))
         self.partial = f"{self.name}.partial"
+        self.adapts = job.config.lora is not None  # and all weights but the adapters and a new head are frozen
         self.objective: Objective = _together(lambda: make_objective(job.objective, job.params))
         self.init: str = _together(lambda: local_checkpoint(job.init))
         self.tokenizer: PreTrainedTokenizerBase = _together(lambda: AutoTokenizer.from_pretrained(self.init))
         self.data = _together(lambda: read_examples(job, self.objective, self.tokenizer))
         self.shapes = [example.shape for example in self.data.examples]
         model = _together(lambda: load_model(job, self.init, self.objective.head))
-        self.parameters = model.num_parameters()
+        # A forward pass, and the gradients of activations and, where they are trained, of weights.
+        self.token_flops = 4.0 * model.num_parameters() + 2.0 * model.num_parameters(only_trainable=True)
         self.weights = torch.tensor(list(self.objective.weights.values()), device=device)
         self.engine = _engine(model, job.config)
         self.progress = self._restore()
@@ -150,6 +155,8 @@ class Training:
 
     def update(self, batch: Sequence[int], lr: float, stop: bool) -> tuple[dict[str, float], bool]:
         """One optimizer step on a global batch; its metrics (see TrainResult), and whether any rank's `stop` is set."""
+        # What LoRA's dropout leaves out is the same in a training that was interrupted.
+        torch.manual_seed(random.Random(f"{self.job.seed}:{self.progress.updates}:{dist.get_rank()}").getrandbits(63))
         limit = self.job.config.micro_batch_tokens
         examples = [self.data.examples[i] for i in batch]
         counts = [max(1, sum(example.counts[term] for example in examples)) for term in self.objective.weights]
@@ -200,7 +207,8 @@ class Training:
         tag, rank = f"update-{self.progress.updates}", dist.get_rank()
         with ExitStack() as stack:
             directory = _together(lambda: stack.enter_context(self.home.staging(f"{self.partial}/rank-{rank}")))
-            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+            save = {"tag": tag, "save_latest": False, "exclude_frozen_parameters": self.adapts}
+            self.engine.save_checkpoint(str(directory), **save)
             mine = _together(lambda: self._put_state(directory / tag))
         everyone: list[Files] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
@@ -234,7 +242,8 @@ class Training:
             _together(lambda: self.home.clear(self.partial) if dist.get_rank() == 0 else None)
             return Progress()
         path, latest = found
-        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        # It holds no frozen weights: they are those of `init`.
+        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=not self.adapts)
         if loaded is None:
             raise RuntimeError(f"{self.home.locate(self.partial)}: DeepSpeed could not load {latest['tag']}")
         return Progress(**latest["progress"])
@@ -261,7 +270,9 @@ class Training:
 
         Its files are in the result of rank 0, which is the one that counts.
         """
-        state = self.engine._zero3_consolidated_16bit_state_dict() if self.job.config.zero_stage == 3 else None
+        state = None
+        if self.job.config.zero_stage == 3:
+            state = self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=self.adapts)
         tokens = int(sum(metrics["tokens"] for metrics in self.progress.metrics))
         result = TrainResult(
             checkpoint=self.job.out,
@@ -270,7 +281,7 @@ class Training:
             too_long=self.data.too_long,
             empty=self.data.empty,
             tokens=tokens,
-            flops=6.0 * self.parameters * tokens,
+            flops=self.token_flops * tokens,
             seconds=time.monotonic() - self.begun,
             resumed_from=resumed_from,
             metrics=self.progress.metrics,
@@ -283,13 +294,21 @@ class Training:
         if dist.get_rank() != 0:
             return None
         with self.home.staging(self.name) as directory:
-            self.engine.module.save_pretrained(directory, state_dict=state)
+            if self.adapts:
+                self._merged(state or dict(self.engine.module.named_parameters())).save_pretrained(directory)
+            else:
+                self.engine.module.save_pretrained(directory, state_dict=state)
             self.tokenizer.save_pretrained(directory)
             result = replace(result, files=records_of(directory))
             (directory / RESULT_FILE).write_text(json.dumps({"job": self.job.fingerprint(), "result": asdict(result)}))
             self.home.put(directory, self.name, last=RESULT_FILE)
         self.home.clear(self.partial)
         return result
+
+    def _merged(self, trained: Mapping[str, Tensor]) -> PreTrainedModel:
+        """The trained adapters merged into the weights of `init`, as they are before any quantization."""
+        model = load_model(self.job, self.init, self.objective.head, quantized=False)
+        return merge(model, trained, _DTYPES[self.job.config.dtype])
 
 
 def read_examples(job: TrainJob, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -327,8 +346,9 @@ def _example(
         raise ValueError(f"{path}: record {next(iter(record.values()))!r}: {error}") from error
 
 
-def load_model(job: TrainJob, init: str, head: Head) -> PreTrainedModel:
-    """The checkpoint in the directory `init` in fp32, without dropout; a verifier's head is drawn from the seed."""
+def load_model(job: TrainJob, init: str, head: Head, *, quantized: bool = True) -> Any:
+    """The checkpoint in the directory `init` in fp32, without dropout, and with LoRA's adapters; a verifier's head and
+    adapters are drawn from the seed. `quantized`: frozen weights are packed where the config says so."""
     torch.manual_seed(job.seed)
     config = AutoConfig.from_pretrained(init)
     if head == "token_classification":
@@ -337,20 +357,27 @@ def load_model(job: TrainJob, init: str, head: Head) -> PreTrainedModel:
     for key in [key for key, value in vars(config).items() if "drop" in key and value]:
         setattr(config, key, 0.0)
     auto = {"causal_lm": AutoModelForCausalLM, "token_classification": AutoModelForTokenClassification}[head]
+    lora = job.config.lora
+    packing = quantization(lora, head, _DTYPES[job.config.dtype]) if lora and quantized else None
     model: PreTrainedModel = auto.from_pretrained(
-        init, config=config, dtype=torch.float32, attn_implementation=attention(config)
+        init,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=attention(config),
+        quantization_config=packing,
     )
     model.train()  # checkpoints come in evaluation mode, in which transformers leaves gradient checkpointing out
     if job.config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return with_adapters(model, lora, head) if lora else model
 
 
-def _engine(model: PreTrainedModel, config: TrainConfig) -> deepspeed.DeepSpeedEngine:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
+def _engine(model: nn.Module, config: TrainConfig) -> deepspeed.DeepSpeedEngine:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay}
+    rest = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        [group for group in (matrices, rest) if group["params"]],  # ZeRO takes no empty ones
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=True,

@@ -126,6 +126,11 @@ class RunConfig:
                 f"sandbox.wall_seconds is {self.sandbox.wall_seconds:g}; it must lie below scaling.hang_after = "
                 f"{self.scaling.hang_after:g}, or a slow program's worker is taken for hung"
             )
+        for stage, training in (("sft", self.sft), ("prm", self.prm), ("align", self.align)):
+            if training.lora and training.lora.quantize and not self.trainer.gpus_per_worker:
+                raise ValueError(
+                    f"{stage}.lora.quantize is {training.lora.quantize}; it needs GPUs: set trainer.gpus_per_worker"
+                )
         if not (self.verify or self.pairs.require_outcome):
             raise ValueError("pairs.require_outcome is false; without `verify` there is nothing else to pair by")
 

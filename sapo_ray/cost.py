@@ -11,7 +11,8 @@ class Cost:
     """A sum of costs. Tokens cached by the engine's prefix cache were not computed and cost no FLOPs.
 
     FLOPs are counted as 2 · parameters a token for a forward pass and 6 · parameters a token for training (Kaplan et
-    al., arXiv 2001.08361); attention's quadratic part is left out. `program_seconds` sums what sandboxed programs took,
+    al., arXiv 2001.08361), of which 2 are for the weights' gradients, which frozen weights have not; attention's
+    quadratic part is left out. `program_seconds` sums what sandboxed programs took,
     each by the clock, though several run at once.
     """
 

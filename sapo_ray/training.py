@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from sapo_ray.config_loader import changeable, changeable_keys
@@ -15,6 +15,31 @@ from sapo_ray.manifest import DamagedError, Files, check_sizes
 
 RESULT_FILE = "training.json"
 """Stands in every exported checkpoint: the fingerprint of the job that made it, and its result."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    rank: int = 16
+    """Rank of an adapter: the model's weights W become W + alpha / rank · B · A with a rank of at most this."""
+    alpha: int = 32
+    """Scale of an adapter, before it is divided by the rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that training leaves out. Above 0, what is learned depends on `trainer.workers` and
+    `micro_batch_tokens`, too."""
+    targets: list[str] | None = None
+    """Names of the linear layers that get adapters, such as `q_proj`; null: all of the model's but its head."""
+    quantize: Literal["nf4"] | None = None
+    """`nf4`: hold the frozen weights in four bits (QLoRA, arXiv 2305.14314). It needs GPUs, and bitsandbytes, which is
+    not installed with the rest."""
+
+    def __post_init__(self) -> None:
+        for key in ("rank", "alpha"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.targets == []:
+            raise ValueError("targets is []; name a layer, or all by null")
 
 
 @dataclass(kw_only=True)
@@ -59,6 +84,8 @@ class TrainConfig:
     checkpoint_every: int = changeable(0)
     """Updates between mid-training checkpoints, from which an interrupted training goes on; 0 makes none but the one
     that Ctrl-C and SIGTERM ask for."""
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights and merge them in the end (docs/method.md); null trains all weights."""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "max_tokens", "learning_rate"):
@@ -74,6 +101,8 @@ class TrainConfig:
             raise ValueError(f"max_updates is {self.max_updates}; it must be at least 1, or null")
         if self.zero_stage not in range(4):
             raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.zero_stage == 3 and self.lora and self.lora.quantize:
+            raise ValueError("zero_stage is 3; it cannot shard the weights that lora.quantize packs: set 2, or less")
         if self.micro_batch_tokens < 2 * self.max_tokens:
             raise ValueError(
                 f"micro_batch_tokens is {self.micro_batch_tokens}; it must be at least 2 * max_tokens = "
@@ -150,7 +179,7 @@ class TrainJob:
         init, *data = (relative(location, home) for location in (self.init, *self.data))
         safe = changeable_keys(type(self.config))
         return {
-            **{key: value for key, value in vars(self.config).items() if key not in safe},
+            **{key: value for key, value in asdict(self.config).items() if key not in safe},
             "objective": self.objective,
             "params": dict(self.params),
             "init": init,
@@ -176,7 +205,7 @@ class TrainResult:
     tokens: int
     """Tokens that went through the model, padding not counted."""
     flops: float
-    """6 * parameters * tokens."""
+    """(4 * parameters + 2 * trained parameters) * tokens: 6 * parameters * tokens without LoRA."""
     seconds: float
     """Wall-clock time in the workers, from loading the checkpoint to the export."""
     resumed_from: int

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from sapo_ray.config import RunConfig
-from sapo_ray.config_loader import load_config
+from sapo_ray.config_loader import ConfigError, load_config
 from sapo_ray.tasks import SPLITS, MathConfig, make_task
+from sapo_ray.training import LoraConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -19,6 +20,17 @@ def test_a_config_loads(path: Path) -> None:
     if isinstance(config.task, MathConfig):
         assert make_task(config.task).prompt("1+1?")
         assert config.model.path
+
+
+def test_adapters_of_quantized_weights_need_gpus() -> None:
+    quantized = ["align.lora.quantize=nf4", "align.lora.rank=8"]
+    with pytest.raises(
+        ConfigError, match=r"^command line: align.lora.quantize is nf4; it needs GPUs: set trainer.gpus"
+    ):
+        load_config(RunConfig, CONFIGS / "local.yaml", quantized)
+    config = load_config(RunConfig, CONFIGS / "local.yaml", [*quantized, "trainer.gpus_per_worker=1"])
+    assert config.align.lora == LoraConfig(rank=8, quantize="nf4")
+    assert config.sft.lora is None
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from sapo_ray.batching import global_batches
@@ -24,13 +26,13 @@ from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
 from sapo_ray.errors import SapoError
 from sapo_ray.lease import LEASE
 from sapo_ray.manifest import Files
-from sapo_ray.models import ModelConfig, save_random_reasoner
+from sapo_ray.models import ModelConfig, parameter_count, save_random_reasoner
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, collate
 from sapo_ray.shards import read_rows
 from sapo_ray.store import RunDirectory
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
-from sapo_ray.training import TrainConfig, TrainJob, TrainResult, learning_rate
+from sapo_ray.training import LoraConfig, TrainConfig, TrainJob, TrainResult, learning_rate
 from tests.disks import Disk
 
 pytestmark = pytest.mark.engine
@@ -42,6 +44,7 @@ CONFIG = TrainConfig(
     epochs=2, batch_size=8, max_tokens=128, micro_batch_tokens=300, learning_rate=3e-3, max_grad_norm=1.0, zero_stage=0
 )
 """22 examples: two batches of 8 and one of 6 an epoch, each of several micro-batches."""
+LORA = LoraConfig(rank=4, alpha=8, targets=["q_proj", "v_proj", "up_proj"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,8 +108,14 @@ def plain_losses(job: TrainJob) -> list[float]:
     auto = AutoModelForTokenClassification if job.objective == "prm" else AutoModelForCausalLM
     model = auto.from_pretrained(job.init, dtype=torch.float32, **({"num_labels": 1} if job.objective == "prm" else {}))
     model.eval()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
+    if lora := job.config.lora:
+        head = ["score"] if job.objective == "prm" else None
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, modules_to_save=head),
+        )
+    decayed = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
+    rest = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]
     groups = [{"params": decayed, "weight_decay": job.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(job.config.beta1, job.config.beta2))
     objective = make_objective(job.objective, job.params)
@@ -153,10 +162,13 @@ def losses(result: TrainResult) -> list[float]:
     return [metrics["loss"] for metrics in result.metrics]
 
 
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("objective", ["sft", "prm", "orpo"])
-def test_the_loss_curve_is_the_plain_loop_s(home: Path, tmp_path: Path, objective: str) -> None:
+def test_the_loss_curve_is_the_plain_loop_s(
+    home: Path, tmp_path: Path, objective: str, lora: LoraConfig | None
+) -> None:
     """Micro-batches, the smaller last batch and examples without a pair are all weighted right."""
-    asked = job(home, tmp_path / "out", objective)
+    asked = job(home, tmp_path / "out", objective, lora=lora)
     result = run(asked)
     assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
     assert result.updates == 6
@@ -180,8 +192,47 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     assert result.resumed_from > 0
     assert losses(result) == pytest.approx(losses(undisturbed), abs=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+    assert result.flops == 6 * parameter_count(asked.init) * result.tokens
     if dtype == "fp32":
         assert losses(result) == pytest.approx(plain_losses(asked), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (2, "fp32"),
+        (3, "fp32"),
+        (0, "bf16"),
+        pytest.param(0, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, "bf16", marks=pytest.mark.slow),
+        pytest.param(3, "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted_adapters_become_the_weights_of_undisturbed_ones(
+    home: Path, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    """With dropout, which has to leave out the same. The checkpoints between hold no frozen weights; what comes of them
+    is a plain model whose other weights are those that it had."""
+    changes = {"lora": replace(LORA, dropout=0.2), "zero_stage": stage, "dtype": dtype}
+    asked = job(home, tmp_path / "out", checkpoint_every=1, **changes)
+    with pytest.raises(InterruptionError):
+        run(asked, interrupt)
+    (states,) = (tmp_path / "out.partial" / "update-1").glob("*model_states.pt")
+    assert len(torch.load(states, weights_only=False)["module"]) == 2 * 3 * 2  # A and B, of three layers in two blocks
+    result, undisturbed = run(asked), run(job(home, tmp_path / "undisturbed", **changes))
+    assert result.resumed_from == 1
+    assert losses(result) == losses(undisturbed)
+    before, trained, same = (
+        load_file(Path(of, "model.safetensors")) for of in (asked.init, asked.out, undisturbed.checkpoint)
+    )
+    torch.testing.assert_close(trained, same, atol=0, rtol=0)
+    assert trained.keys() == before.keys()
+    assert {weight.dtype for weight in trained.values()} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+    changed = {name for name, weight in trained.items() if not torch.equal(weight, before[name].to(weight.dtype))}
+    assert {name.split(".")[-2] for name in changed} == set(LORA.targets or ())
+    adapters = 2 * LORA.rank * (32 + 32 + 32 + 32 + 32 + 64)  # two blocks: both sides of q, v and up
+    assert result.flops == (4 * parameter_count(asked.init) + 6 * adapters) * result.tokens
 
 
 def test_a_training_that_is_told_to_stop_saves_what_it_has_learnt(home: Path, tmp_path: Path) -> None:
@@ -368,8 +419,9 @@ def test_gradient_checkpointing_changes_nothing(home: Path, tmp_path: Path) -> N
         assert losses(results[0]) == pytest.approx(losses(results[1]), abs=1e-6)
 
 
-def test_a_verifier_is_exported_for_transformers(home: Path, tmp_path: Path) -> None:
-    result = run(job(home, tmp_path / "out", "prm", epochs=1))
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_verifier_is_exported_for_transformers(home: Path, tmp_path: Path, lora: LoraConfig | None) -> None:
+    result = run(job(home, tmp_path / "out", "prm", epochs=1, lora=lora))
     model, info = AutoModelForTokenClassification.from_pretrained(result.checkpoint, output_loading_info=True)
     assert not info["missing_keys"]
     assert model.config.num_labels == 1
@@ -395,6 +447,13 @@ def test_a_row_with_nothing_to_learn_from_is_counted(home: Path, tmp_path: Path)
     pq.write_table(pa.Table.from_pylist(records, schema=LABELS), tmp_path / "masked.parquet")
     result = run(replace(job(home, tmp_path / "out", "prm", epochs=1), data=(str(tmp_path / "masked.parquet"),)))
     assert (result.examples, result.empty) == (20, 2)
+
+
+def test_adapters_of_no_layer_are_a_fault_of_the_job(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import JobError
+
+    with pytest.raises(JobError, match=r"lora.targets: query is none of the layers down_proj, gate_proj, "):
+        run(job(home, tmp_path / "out", lora=LoraConfig(targets=["query"])))
 
 
 def test_a_loss_that_is_no_number_names_the_update_and_its_batch(home: Path, tmp_path: Path) -> None:

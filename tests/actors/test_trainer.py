@@ -24,7 +24,7 @@ from actors.trainer import Trainer, TrainingError
 from sapo_ray.data import PAIRS
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
-from sapo_ray.training import TrainConfig, TrainerConfig, TrainJob, TrainResult
+from sapo_ray.training import LoraConfig, TrainConfig, TrainerConfig, TrainJob, TrainResult
 from tests.disks import Disk
 
 pytestmark = pytest.mark.engine
@@ -135,6 +135,17 @@ def test_two_workers_learn_what_one_learns_under_every_zero_stage(home: Path, tr
             torch.testing.assert_close(
                 dict(trained.named_parameters()), dict(same.named_parameters()), atol=1e-4, rtol=0
             )
+
+
+def test_two_workers_train_the_adapters_that_one_trains(home: Path, trainers: dict[int, Trainer]) -> None:
+    reference: TrainResult | None = None
+    for workers, stage in ((1, 2), (2, 2), (2, 3)):
+        asked = job(home, f"lora-{stage}-of-{workers}", zero_stage=stage, lora=LoraConfig(rank=4))
+        result = trainers[workers].train(asked)
+        reference = reference or result
+        assert losses(result) == pytest.approx(losses(reference), abs=1e-5)
+        trained, same = (AutoModelForCausalLM.from_pretrained(r.checkpoint) for r in (result, reference))
+        torch.testing.assert_close(dict(trained.named_parameters()), dict(same.named_parameters()), atol=1e-4, rtol=0)
 
 
 def test_a_group_is_placed_as_its_config_says(home: Path, trainers: dict[int, Trainer]) -> None:

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapo_ray.tasks.chain import Chain, ChainConfig
-from sapo_ray.training import RESULT_FILE, TrainConfig, TrainJob, TrainResult, finished, learning_rate
+from sapo_ray.training import (
+    RESULT_FILE,
+    LoraConfig,
+    TrainConfig,
+    TrainJob,
+    TrainResult,
+    finished,
+    is_same_job,
+    learning_rate,
+)
 
 
 def test_learning_rates_of_ten_updates() -> None:
@@ -47,12 +56,45 @@ def test_the_learning_rate_rises_then_falls_within_its_bounds(
         ({"batch_size": 0}, "batch_size is 0; it must be above 0"),
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5; it must lie between 0 and 1"),
         ({"zero_stage": 4}, "zero_stage is 4; it must be 0, 1, 2 or 3"),
+        (
+            {"lora": LoraConfig(quantize="nf4"), "zero_stage": 3},
+            "zero_stage is 3; .* lora.quantize packs: set 2, or less",
+        ),
         ({"max_tokens": 512, "micro_batch_tokens": 1000}, "micro_batch_tokens is 1000; .* 2 \\* max_tokens = 1024"),
     ],
 )
 def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"alpha": 0}, "alpha is 0; it must be at least 1"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+        ({"targets": []}, "targets is \\[\\]; name a layer, or all by null"),
+    ],
+)
+def test_impossible_adapters_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        LoraConfig(**values)
+
+
+def test_a_training_is_known_by_its_adapters_too() -> None:
+    """One from before there were any has none."""
+    job = TrainJob(
+        objective="sft", init="a", data=("b",), out="c", task=Chain(ChainConfig()), config=TrainConfig(), seed=0
+    )
+    adapting = replace(job, config=TrainConfig(lora=LoraConfig(targets=["q_proj"])))
+    stored, plain = (json.loads(json.dumps(j.fingerprint())) for j in (adapting, job))
+    assert is_same_job(stored, adapting.fingerprint(), "c/training.json")
+    del plain["lora"]
+    assert is_same_job(plain, job.fingerprint(), "c/training.json")
+    for other in (job, replace(job, config=TrainConfig(lora=LoraConfig(targets=["q_proj"], rank=8)))):
+        with pytest.raises(ValueError, match=r"training\.json: lora was .*'rank': 16.* and is now "):
+            is_same_job(stored, other.fingerprint(), "c/training.json")
 
 
 def test_a_checkpoint_is_finished_where_it_was_made_from_what_is_there_now(tmp_path: Path) -> None:
