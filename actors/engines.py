@@ -144,7 +144,8 @@ class Engines:
         """The verdict on one program."""
         self._asked[self._executors] += 1
         verdict = await self._executors.submit(request)
-        spend(Cost(programs=1, program_seconds=verdict.seconds))
+        timeouts = int(verdict.verdict == "timeout")
+        spend(Cost(programs=1, program_timeouts=timeouts, program_seconds=verdict.seconds))
         return verdict
 
     async def score(self, trajectory: Trajectory) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ class Cost:
     scored_tokens: int = 0
     trained_tokens: int = 0
     programs: int = 0
+    program_timeouts: int = 0
     program_seconds: float = 0.0
     flops: float = 0.0
 

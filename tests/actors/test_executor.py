@@ -12,11 +12,17 @@ import psutil
 import pytest
 import ray
 
+from actors.engines import Engines
 from actors.executor import executor_pool
 from actors.pool import ElasticPool, WorkerError
+from sapo_ray.config import RunConfig
+from sapo_ray.cost import Cost
+from sapo_ray.data import Question
 from sapo_ray.requests import ExecuteRequest, ExecutorConfig
 from sapo_ray.sandbox import Program, SandboxConfig, Verdict
 from sapo_ray.scaling import ScalingConfig
+from sapo_ray.tasks import CodeConfig, make_task
+from sapo_ray.tasks.sources import SourceConfig
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("needs_bubblewrap")]
 
@@ -67,6 +73,31 @@ def test_every_program_gets_its_own_verdict() -> None:
         assert pool.stats().ready == 2
 
     run(test, workers=2, threads=2)
+
+
+def test_what_programs_cost_is_counted_and_their_pool_pauses_with_the_others(tmp_path: Path) -> None:
+    code = CodeConfig(train_data=SourceConfig(path=str(tmp_path / "none.jsonl")), test=1)
+    sandbox = SandboxConfig(cpu_seconds=1, wall_seconds=20)
+    config = RunConfig(task=code, sandbox=sandbox, executor=ExecutorConfig(cpus_per_worker=0.1))
+    names = ["right", "endless", "wrong"]
+    questions = [Question(name, "?", "") for name in names]
+
+    async def test() -> tuple[list[bool], Cost]:
+        engines = Engines(config, make_task(code), "test")
+        await engines._executors.start()
+        await engines.pause()
+        assert [pool.stats().ready for pool in engines._pools] == [0, 0, 0]
+        await engines.resume()
+        engines.begin(3)
+        stream = engines.stream(questions, lambda question: engines.execute(request(question.id)))
+        passed = [verdict.passed async for _, verdict in stream]
+        await engines.close()
+        return passed, engines.cost
+
+    passed, cost = asyncio.run(test())
+    assert passed == [True, False, False]
+    assert (cost.programs, cost.program_timeouts) == (3, 1)
+    assert cost.program_seconds > 1
 
 
 def test_a_killed_worker_leaves_no_sandbox_and_its_programs_are_run_by_another() -> None:
