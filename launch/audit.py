@@ -22,7 +22,7 @@ from sapo_ray.sandbox import Sandbox
 from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory, checkpoint_name, labelled_of, pair_of, rollout_of, trajectory_of
 from sapo_ray.tasks import make_task
-from sapo_ray.tasks.base import Split, Task
+from sapo_ray.tasks.base import Split
 
 
 @click.command()
@@ -45,102 +45,83 @@ def audit(ctx: click.Context, run_dir: str, no_programs: bool, as_json: bool) ->
     if not store.folder.has("config.yaml"):
         raise SapoError(f"{run_dir} is no run: it has no config.yaml")
     config = load_config(RunConfig, store.folder.locate("config.yaml"))
-    task, checked = make_task(config.task), Counter[str]()
     with Sandbox(config.sandbox) if config.runs_programs and not no_programs else nullcontext() as sandbox:
-        problems = list(_audit_run(store, config, task, checked, sandbox))
+        found = RunAudit(store, config, sandbox)
+        problems = list(found.problems())
     if as_json:
-        click.echo(json.dumps({"checked": dict(checked), "problems": problems}))
+        click.echo(json.dumps({"checked": dict(found.checked), "problems": problems}))
     else:
         for problem in problems:
             click.echo(problem)
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in checked.items())
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in found.checked.items())
         click.echo(f"{len(problems)} problems in {counts or 'nothing: no round has been sampled'}")
     ctx.exit(int(bool(problems)))
 
 
-def _audit_run(
-    store: RunDirectory, config: RunConfig, task: Task, checked: Counter[str], sandbox: Sandbox | None
-) -> Iterator[str]:
-    if store.done("round-0/validation"):
-        samples = _audit_samples(store, task, 0, "validation", "validation", checked, sandbox=sandbox)
-        yield from (f"validation: {problem}" for problem in samples)
-    for number in range(config.rounds + 1):
-        if store.done(f"round-{number}/sample"):
-            found = audit_round(store, config, task, number, checked, sandbox)
-            yield from (f"round {number}: {problem}" for problem in found)
-        if store.done(f"round-{number}/pairs"):
-            yield from (f"round {number}: {problem}" for problem in _audit_pairs(store, config, number, checked))
+class RunAudit:
+    """What does not follow in a run, a line each; `checked` counts what was looked at."""
 
+    def __init__(self, store: RunDirectory, config: RunConfig, sandbox: Sandbox | None) -> None:
+        """Programs are run again in `sandbox`; without one their verdicts are taken as they are."""
+        self._store, self._config, self._sandbox = store, config, sandbox
+        self._task = make_task(config.task)
+        self.checked = Counter[str]()
 
-def audit_round(
-    store: RunDirectory,
-    config: RunConfig,
-    task: Task,
-    number: int,
-    checked: Counter[str],
-    sandbox: Sandbox | None = None,
-) -> Iterator[str]:
-    """What does not follow in one round, a line each; counts in `checked` what was looked at."""
-    notes = store.stages()[f"round-{number}/sample"]
-    made = notes["trajectories"]["sampled"]
-    yield from _audit_samples(store, task, number, "trajectories", "pool", checked, made, sandbox)
-    yield from _repeated(store, number, "labels", checked, notes["labels"])
-    yield from _repeated(store, number, "rollouts", checked)
-    labelled = [labelled_of(row) for row in store.read(number, "labels")]
-    rollouts = [rollout_of(row) for row in store.read(number, "rollouts")]
-    known = {rollout.id for rollout in rollouts}
-    for row in labelled:
-        lost = [name for estimate in row.estimates for name in estimate.rollout_ids if name not in known]
-        yield from (f"{row.trajectory.id}: its rollout {name} is not stored" for name in lost)
-    yield from audit_labels(labelled, rollouts, config.labeling)
-    if number and labelled:
-        yield from _audit_predictions(store, config, number, labelled)
+    def problems(self) -> Iterator[str]:
+        """All that is wrong with the stages that are finished."""
+        if self._store.done("round-0/validation"):
+            yield from (f"validation: {problem}" for problem in self._samples(0, "validation", "validation"))
+        for number in range(self._config.rounds + 1):
+            if self._store.done(f"round-{number}/sample"):
+                yield from (f"round {number}: {problem}" for problem in self._round(number))
+            if self._store.done(f"round-{number}/pairs"):
+                yield from (f"round {number}: {problem}" for problem in self._pairs(number))
 
+    def _round(self, number: int) -> Iterator[str]:
+        notes = self._store.stages()[f"round-{number}/sample"]
+        yield from self._samples(number, "trajectories", "pool", notes["trajectories"]["sampled"])
+        yield from self._repeated(number, "labels", notes["labels"])
+        yield from self._repeated(number, "rollouts")
+        labelled = [labelled_of(row) for row in self._store.read(number, "labels")]
+        rollouts = [rollout_of(row) for row in self._store.read(number, "rollouts")]
+        known = {rollout.id for rollout in rollouts}
+        for row in labelled:
+            lost = [name for estimate in row.estimates for name in estimate.rollout_ids if name not in known]
+            yield from (f"{row.trajectory.id}: its rollout {name} is not stored" for name in lost)
+        yield from audit_labels(labelled, rollouts, self._config.labeling)
+        if number and labelled:
+            yield from self._predictions(number, labelled)
 
-def _repeated(
-    store: RunDirectory, number: int, kind: Kind, checked: Counter[str], made: int | None = None
-) -> Iterator[str]:
-    """Is each row stored once, and are they as many as were made, where that is known?"""
-    key = "rollout_id" if kind == "rollouts" else "trajectory_id"
-    ids = Counter(row[key] for row in store.read(number, kind))
-    checked[kind] += ids.total()
-    if made is not None and ids.total() != made:
-        yield f"{kind}: {ids.total()} rows are stored, but {made} were made"
-    yield from (f"{kind}: {name} is stored {count} times" for name, count in ids.items() if count > 1)
+    def _samples(self, number: int, kind: Kind, split: Split, made: int | None = None) -> Iterator[str]:
+        """Are the samples of this split, each stored once, and are their answers what their steps come to?"""
+        yield from self._repeated(number, kind, made)
+        samples = map(trajectory_of, self._store.read(number, kind))
+        yield from audit_answers(samples, self._task.questions(split), self._task, self._sandbox)
 
+    def _repeated(self, number: int, kind: Kind, made: int | None = None) -> Iterator[str]:
+        """Is each row stored once, and are they as many as were made, where that is known?"""
+        key = "rollout_id" if kind == "rollouts" else "trajectory_id"
+        ids = Counter(row[key] for row in self._store.read(number, kind))
+        self.checked[kind] += ids.total()
+        if made is not None and ids.total() != made:
+            yield f"{kind}: {ids.total()} rows are stored, but {made} were made"
+        yield from (f"{kind}: {name} is stored {count} times" for name, count in ids.items() if count > 1)
 
-def _audit_samples(
-    store: RunDirectory,
-    task: Task,
-    number: int,
-    kind: Kind,
-    split: Split,
-    checked: Counter[str],
-    made: int | None = None,
-    sandbox: Sandbox | None = None,
-) -> Iterator[str]:
-    """Are the samples of questions of this split, each stored once, and are their answers what their steps come to?"""
-    yield from _repeated(store, number, kind, checked, made)
-    yield from audit_answers(map(trajectory_of, store.read(number, kind)), task.questions(split), task, sandbox)
+    def _pairs(self, number: int) -> Iterator[str]:
+        """Are the pairs as many as were made, and do they follow from D_i and the scores stored with them?"""
+        notes = self._store.stages()[f"round-{number}/pairs"]
+        pairs = list(map(pair_of, self._store.read(number, "pairs")))
+        self.checked["pairs"] += len(pairs)
+        if len(pairs) != (made := notes["pairs"] + notes["unpaired"]):
+            yield f"pairs: {len(pairs)} rows are stored, but {made} were made"
+        yield from audit_pairs(pairs, self._store.trajectories_until(number), self._config.verify, self._config.pairs)
 
-
-def _audit_pairs(store: RunDirectory, config: RunConfig, number: int, checked: Counter[str]) -> Iterator[str]:
-    """Are the pairs as many as were made, and do they follow from D_i and the scores stored with them?"""
-    pairs, notes = list(map(pair_of, store.read(number, "pairs"))), store.stages()[f"round-{number}/pairs"]
-    checked["pairs"] += len(pairs)
-    if len(pairs) != (made := notes["pairs"] + notes["unpaired"]):
-        yield f"pairs: {len(pairs)} rows are stored, but {made} were made"
-    yield from audit_pairs(pairs, store.trajectories_until(number), config.verify, config.pairs)
-
-
-def _audit_predictions(
-    store: RunDirectory, config: RunConfig, number: int, labelled: Sequence[LabelledTrajectory]
-) -> Iterator[str]:
-    """Do the predictions follow from the scores and the start score of V_{i-1}? Round 0 has none."""
-    verifier = checkpoint_name("verifier", number - 1)
-    calibration = Calibration.load(store.folder.locate(verifier))
-    if calibration is None and config.labeling.uses_scores and fixed_start_score(config.labeling) is None:
-        yield f"{verifier} has no calibration.json, without which no prediction can be derived again"
-        return
-    start = 1.0 if calibration is None else calibration.start
-    yield from audit_predictions(labelled, make_labeler(config.labeling, start, config.seed))
+    def _predictions(self, number: int, labelled: Sequence[LabelledTrajectory]) -> Iterator[str]:
+        """Do the predictions follow from the scores and the start score of V_{i-1}? Round 0 has none."""
+        labeling, verifier = self._config.labeling, checkpoint_name("verifier", number - 1)
+        calibration = Calibration.load(self._store.folder.locate(verifier))
+        if calibration is None and labeling.uses_scores and fixed_start_score(labeling) is None:
+            yield f"{verifier} has no calibration.json, without which no prediction can be derived again"
+            return
+        start = 1.0 if calibration is None else calibration.start
+        yield from audit_predictions(labelled, make_labeler(labeling, start, self._config.seed))
