@@ -11,7 +11,7 @@ import click
 from launch import signals
 from sapo_ray.errors import SapoError, one_line, told
 
-COMMANDS = ("run", "submit", "label", "evaluate", "show", "audit", "doctor")
+COMMANDS = ("plan", "run", "submit", "label", "evaluate", "show", "audit", "doctor")
 
 
 class Failure(click.ClickException):
