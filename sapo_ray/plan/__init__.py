@@ -82,7 +82,7 @@ def make_plan(config: RunConfig, gpu: GPU | None, wrong: float) -> Plan:
     remarks, durations, refused = list(task.remarks()), list[Duration](), list[str]()
     if gpu is not None:
         refused = list(misfits(config, shape, gpu.memory, gpu.name))
-        remarks += doubts(config, shape, gpu.memory, gpu.name)
+        remarks += doubts(config, shape, gpu.memory, gpu.name, lengths.sequence)
         if keys := unclocked(config):
             remarks.append(f"no hours are told, since they are those of workers on GPUs in 16 bits: {', '.join(keys)}")
         elif not refused:

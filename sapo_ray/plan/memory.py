@@ -188,8 +188,8 @@ def _engine_misfits(config: EngineConfig, shape: Shape, weights: float, gpu: flo
         )
 
 
-def doubts(config: RunConfig, shape: Shape, gpu: float, name: str) -> Iterator[str]:
-    """What may not fit, or runs slower for lack of memory, a line each."""
+def doubts(config: RunConfig, shape: Shape, gpu: float, name: str, length: float) -> Iterator[str]:
+    """What may not fit, or runs slower for lack of memory, a line each. A sequence has `length` tokens on average."""
     engine, needed = config.engine, {memory.section: memory for memory in memories(config, shape)}
     for section in trainings(config) if config.trainer.gpus_per_worker else []:
         if needed[section].total > gpu:
@@ -199,11 +199,11 @@ def doubts(config: RunConfig, shape: Shape, gpu: float, name: str) -> Iterator[s
             )
     if not engine.gpus_per_worker or "engine" not in needed:
         return
-    at_once = kv_room(shape, engine, gpu) / (engine.max_model_len * kv_bytes(shape, engine))
+    at_once = kv_room(shape, engine, gpu) / (length * kv_bytes(shape, engine))
     if at_once < engine.max_num_seqs:
         yield (
-            f"engine: the key-value cache has room for {max(0, int(at_once))} sequences of engine.max_model_len = "
-            f"{engine.max_model_len} tokens, fewer than engine.max_num_seqs = {engine.max_num_seqs}: longer ones wait"
+            f"engine: the key-value cache has room for {max(0, int(at_once))} sequences of {length:.0f} tokens, the "
+            f"mean; more than that, up to engine.max_num_seqs = {engine.max_num_seqs}, wait"
         )
     if not engine.kv_cache_gib and engine.gpus_per_worker < min(1.0, engine.gpu_memory_utilization):
         yield (

@@ -187,7 +187,9 @@ class Workload:
         self._generate(stage, rollouts, checks, self.lengths.prompt + half, half)
 
     def _generate(self, stage: Stage, completions: float, prefixes: float, prompt: float, generated: float) -> None:
-        cached = (completions - prefixes) * prompt if self.config.engine.prefix_caching else 0.0
+        engine = self.config.engine
+        shared = prompt // engine.block_size * engine.block_size if engine.prefix_caching else 0.0  # in whole blocks
+        cached = (completions - prefixes) * shared
         stage.requests += round(completions)
         stage.cost += Cost(
             prompt_tokens=round(completions * prompt),

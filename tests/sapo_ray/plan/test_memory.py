@@ -247,9 +247,9 @@ def test_a_verifier_that_cannot_fit_is_refused() -> None:
 
 def test_what_may_not_fit_is_doubted() -> None:
     sft = replace(ON_GPUS.sft, micro_batch_tokens=100_000, batch_size=1000)
-    found = list(doubts(replace(ON_GPUS, sft=sft), BILLION, 48 * GIB, "the card"))
+    found = list(doubts(replace(ON_GPUS, sft=sft), BILLION, 48 * GIB, "the card", 1000))
     assert [line.partition(":")[0] for line in found] == ["sft"]
     shared = replace(ON_GPUS, engine=replace(ENGINE, gpus_per_worker=0.5, max_num_seqs=4000))
-    found = list(doubts(shared, BILLION, 48 * GIB, "the card"))
-    assert found[0].startswith("engine: the key-value cache has room for ")
+    found = list(doubts(shared, BILLION, 48 * GIB, "the card", 1000))
+    assert found[0].startswith("engine: the key-value cache has room for 2")
     assert found[1].startswith("engine.gpu_memory_utilization is 0.9 and engine.gpus_per_worker 0.5: ")

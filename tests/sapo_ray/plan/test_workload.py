@@ -92,8 +92,12 @@ def test_training_takes_six_flops_a_weight_and_token() -> None:
 
 
 def test_sampling_takes_two_flops_a_weight_and_token_that_is_not_cached() -> None:
-    expected = Cost(prompt_tokens=8000, cached_tokens=6000, generated_tokens=4800, flops=2 * N * (2000 + 4800))
-    assert costs()["round-0/validation"] == expected  # 20 questions, four samples of each
+    """20 questions, four samples of each; of a prompt's 100 tokens three blocks of 32 are kept."""
+    cached = 60 * 96
+    expected = Cost(
+        prompt_tokens=8000, cached_tokens=cached, generated_tokens=4800, flops=2 * N * (8000 - cached + 4800)
+    )
+    assert costs()["round-0/validation"] == expected
     uncached = replace(CONFIG, engine=EngineConfig(prefix_caching=False))
     expected = replace(expected, cached_tokens=0, flops=2 * N * (8000 + 4800))
     assert costs(uncached)["round-0/validation"] == expected
@@ -106,7 +110,7 @@ def test_labelling_a_round() -> None:
     assert found.trajectories == round(75 * 0.25 + 12.5)
     assert found.generated_tokens == 100 * 60 + 200 * 30
     assert found.prompt_tokens == 100 * 100 + 200 * 130
-    assert found.cached_tokens == 75 * 100 + 175 * 130
+    assert found.cached_tokens == 75 * 96 + 175 * 128
     assert found.scored_tokens == 12.5 * 160
     computed = found.prompt_tokens - found.cached_tokens + found.generated_tokens
     assert found.flops == pytest.approx(2 * N * computed + 2 * V * found.scored_tokens)
