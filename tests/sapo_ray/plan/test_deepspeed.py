@@ -22,20 +22,20 @@ from sapo_ray.training import TrainConfig, deepspeed_config
 
 deepspeed.ops.__compatible_ops__ = {}
 deepspeed.init_distributed("gloo", verbose=False)
-model = torch.nn.Sequential(*[torch.nn.Linear(250, 250, bias=False) for _ in range(32)])
+model = torch.nn.Sequential(*[torch.nn.Linear(400, 400, bias=False) for _ in range(16)])
 config = deepspeed_config(TrainConfig(dtype="bf16", zero_stage=int(sys.argv[1])))
 engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
 for update in range(2):
     for last in (False, True):
         engine.set_gradient_accumulation_boundary(last)
-        engine.backward(engine(torch.ones(1, 250, dtype=torch.bfloat16)).float().sum())
+        engine.backward(engine(torch.ones(1, 400, dtype=torch.bfloat16)).float().sum())
     if update == 0:
         engine.step()
 gc.collect()
 tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
 tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
 sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-print(sum(size for size in sizes.values() if size < 5e8) / (32 * 250 * 250))  # a bucket has 10^9 bytes
+print(sum(size for size in sizes.values() if size < 5e8) / (16 * 400 * 400))  # a bucket has 10^9 bytes
 """
 
 
@@ -43,7 +43,8 @@ print(sum(size for size in sizes.values() if size < 5e8) / (32 * 250 * 250))  # 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_states_are_what_deepspeed_holds_on_two_workers(stage: int) -> None:
-    """Bytes a weight in bf16, of all tensors that are alive after a backward pass, but for the buckets."""
+    """Bytes a weight in bf16, of all tensors that are alive after a backward pass, but for the buckets (and the last
+    gradient on its way). Matrices are large enough for ZeRO 3 to cut them up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,4 +61,4 @@ def test_states_are_what_deepspeed_holds_on_two_workers(stage: int) -> None:
     outputs = [rank.communicate(timeout=140)[0] for rank in ranks]
     states = training_memory(BILLION, "sft", TrainConfig(dtype="bf16", zero_stage=stage), workers=2).states
     for output in outputs:
-        assert float(output.split()[-1]) == pytest.approx(states / 1e9, rel=0.01)
+        assert float(output.split()[-1]) == pytest.approx(states / 1e9, rel=0.02)
