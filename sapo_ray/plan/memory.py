@@ -154,13 +154,14 @@ def misfits(config: RunConfig, shape: Shape, gpu: float, name: str) -> Iterator[
     Workers that have no GPU are not looked at.
     """
     needed = {memory.section: memory for memory in memories(config, shape)}
-    for section in trainings(config) if config.trainer.gpus_per_worker else []:
-        if (states := needed[section].states) > gpu:
-            yield (
-                f"{section}.zero_stage = {getattr(config, section).zero_stage} with trainer.workers = "
-                f"{config.trainer.workers} leaves each GPU {_gib(states)} of weights, gradients and optimizer states, "
-                f"but {name} has {_gib(gpu)}; raise either"
-            )
+    states = {section: needed[section].states for section in trainings(config) if config.trainer.gpus_per_worker}
+    if large := [section for section in states if states[section] > gpu]:
+        stages = ", ".join(f"{section}.zero_stage = {getattr(config, section).zero_stage}" for section in large)
+        yield (
+            f"{stages} with trainer.workers = {config.trainer.workers} leave each GPU up to "
+            f"{_gib(max(states.values()))} of weights, gradients and optimizer states, but {name} has {_gib(gpu)}; "
+            "raise them"
+        )
     if config.engine.gpus_per_worker and "engine" in needed:
         yield from _engine_misfits(config.engine, shape, needed["engine"].weights, gpu, name)
     if config.verifier.gpus_per_worker and "verifier" in needed and needed["verifier"].weights > gpu:

@@ -203,10 +203,11 @@ def test_what_fits_is_not_refused() -> None:
 
 
 def test_a_training_that_cannot_fit_is_refused_by_key_and_figure() -> None:
-    """20 bytes a weight at stage 1 in fp32 of one worker: 4 of weights, 4 of gradients, 12 of the optimizer."""
+    """20 bytes a weight at stage 1 in fp32 of one worker: 4 of weights, 4 of gradients, 12 of the optimizer. A
+    verifier has a tenth less."""
     assert refused(ON_GPUS, 18)[0] == (
-        "sft.zero_stage = 1 with trainer.workers = 1 leaves each GPU 18.6 GiB of weights, gradients and optimizer "
-        "states, but the card has 18 GiB; raise either"
+        "sft.zero_stage = 1, align.zero_stage = 1 with trainer.workers = 1 leave each GPU up to 18.6 GiB of weights, "
+        "gradients and optimizer states, but the card has 18 GiB; raise them"
     )
     assert refused(replace(ON_GPUS, trainer=TrainerConfig(workers=4, gpus_per_worker=1)), 18) == []
     assert refused(replace(ON_GPUS, trainer=TrainerConfig()), 18) == []  # on CPUs
