@@ -49,6 +49,8 @@ from sapo_ray.training import (
     TrainConfig,
     TrainJob,
     TrainResult,
+    bare_optimizer,
+    deepspeed_config,
     finished,
     is_same_job,
     learning_rate,
@@ -384,7 +386,7 @@ def _engine(model: nn.Module, config: TrainConfig) -> deepspeed.DeepSpeedEngine:
     )
     # Without this, DeepSpeed compiles its shared-memory all-reduce, an operator for inference, when it starts on CPUs.
     deepspeed.ops.__compatible_ops__ = {}
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=_deepspeed_config(config))[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))[0]
     engine.checkpoint_engine = _StateFiles(engine._config)
     if config.zero_stage == 0:
         # In bf16, DeepSpeed has stepped once on zero gradients, which Adam's bias correction would count.
@@ -404,28 +406,9 @@ class _StateFiles(TorchCheckpointEngine):
             raise error.__context__ or error from None
 
 
-def _deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """Batch sizes are placeholders: the batch plan is ours, and so is the scale of the loss."""
-    result: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if _plain(config) else config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
-        "bf16": {"enabled": config.dtype == "bf16"},
-    }
-    if config.zero_stage > 0:
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return result
-
-
-def _plain(config: TrainConfig) -> bool:
-    """Whether DeepSpeed leaves the optimizer unwrapped, and with it clipping and the gradient's norm to us."""
-    return config.zero_stage == 0 and config.dtype == "fp32"
-
-
 def _step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
     """Clip, step, and return the gradient's norm before clipping."""
-    if _plain(config):
+    if bare_optimizer(config):
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or math.inf)
         engine.step()
         return float(norm)

@@ -11,7 +11,7 @@ import click
 from launch import signals
 from sapo_ray.errors import SapoError, one_line, told
 
-COMMANDS = ("run", "submit", "label", "evaluate", "processbench", "show", "audit", "model", "doctor")
+COMMANDS = ("plan", "run", "submit", "label", "evaluate", "processbench", "show", "audit", "model", "doctor")
 
 
 class Failure(click.ClickException):

@@ -27,7 +27,11 @@ Later sources win: the file that `extends` names, the file itself, then `key=val
 
 ```
 sapo run configs/local.yaml rounds=3 task.pool=12000 sampling.stop='["##"]'
+sapo run configs/gsm8k/gemma-2-2b.yaml extends=configs/gpu/node.yaml
 ```
+
+`extends` may be a list, of which later files win. As an argument it names files, relative to the working directory,
+that win over CONFIG.
 
 Mappings are merged key by key, lists are replaced, and `${section.key}` stands for another key's value. The run
 directory's `config.yaml` holds every key as the run used it.

@@ -9,12 +9,21 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
+from sapo_ray.plan.hardware import GIB, MOST_GIB
+from sapo_ray.plan.memory import misfits
+from sapo_ray.plan.shape import model_shape
 from sapo_ray.requests import PoolConfig
 from sapo_ray.training import TrainerConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ACCELERATOR = "accelerator_type:"
+"""How Ray begins the name of the resource that says which GPUs a node has."""
 _UNLIMITED = sys.maxsize
 """Nodes of a group that may have any number of them: an integer, since none times infinity would be no number."""
 _ANYTHING = {"CPU": math.inf, "GPU": math.inf}
@@ -126,6 +135,27 @@ def check_fits(config: RunConfig, nodes: Sequence[Nodes], *, trains: bool = True
                     f"{demand.section}.workers is {demand.workers}, but no more than {held} can be up: each needs "
                     f"{_need(demand)} on one node; {_offer(nodes)}"
                 )
+
+
+def check_memory(config: RunConfig, tokenizer: PreTrainedTokenizerBase, nodes: Sequence[Nodes]) -> None:
+    """Raises SapoError, naming keys and figures, for what no GPU of the nodes has the memory for.
+
+    Where one of them is of a kind that is not known, such as on a node that is yet to come, nothing is refused.
+    """
+    if not any(section.gpus_per_worker for section in (config.engine, config.verifier, config.trainer)):
+        return
+    kinds = {kind for node in nodes if node.resources.get("GPU") for kind in _accelerators(node)}
+    if not kinds or not kinds <= MOST_GIB.keys():
+        return
+    largest = max(kinds, key=MOST_GIB.__getitem__)
+    refused = list(misfits(config, model_shape(config.model, tokenizer), MOST_GIB[largest] * GIB, largest))
+    if refused:
+        raise SapoError("; ".join(refused))
+
+
+def _accelerators(node: Nodes) -> list[str]:
+    """The types of a node's GPUs, by Ray's names; an empty one where Ray knows none."""
+    return [kind.removeprefix(_ACCELERATOR) for kind in node.resources if kind.startswith(_ACCELERATOR)] or [""]
 
 
 def _held(demand: Demand, nodes: Sequence[Nodes]) -> int:

@@ -12,6 +12,7 @@ import click
 from launch.checks import check_writable
 from launch.job import check_outlives_job, job_environment
 from launch.progress import ConsoleReporter
+from launch.resources import check_memory, offered_nodes
 from launch.session import ray_session
 from launch.show import print_summary
 from sapo_ray.config import RunConfig
@@ -64,7 +65,8 @@ def complete(config: str, overrides: Sequence[str], redo: str | None = None) -> 
     check_installed(settings)
     check_writable("run_dir", store.location)
     task = make_task(settings.task)
-    check_run_lengths(settings, task, base_tokenizer(settings.model, task.alphabet))
+    tokenizer = base_tokenizer(settings.model, task.alphabet)
+    check_run_lengths(settings, task, tokenizer)
     if redo:
         store.check_finished(redo)
     lease = Lease(store.folder)
@@ -74,6 +76,7 @@ def complete(config: str, overrides: Sequence[str], redo: str | None = None) -> 
     from actors.sapo import sapo
 
     with ray_session(settings):
+        check_memory(settings, tokenizer, offered_nodes())
         store.create()
         with lease, ConsoleReporter() as reporter:
             _refuse_other_config(settings, store)  # another driver may have begun it since

@@ -62,6 +62,8 @@ def submit(
     Example:
       sapo submit configs/local.yaml --address http://127.0.0.1:8265 run_dir=/shared/runs/local
     """
+    if any(override.startswith("extends=") for override in overrides):
+        raise SapoError("extends cannot be an argument of a job, which has CONFIG's files only; write it into CONFIG")
     settings = load_config(RunConfig, config, overrides)
     check_outlives_job("run_dir", settings.run_dir)
     if settings.model.path is None:  # another model's tokenizer may be where only the cluster sees it

@@ -1,8 +1,9 @@
 """Fill a tree of keyword-only dataclasses from YAML files and dotted overrides, by OmegaConf.
 
-A dataclass's fields are the keys; a field that is itself a dataclass is a section. A YAML file may name another one to
-start from (`extends: base.yaml`, relative to itself). Later sources win: base file, file, overrides in order. Mappings
-are merged, lists replaced. `${…}` interpolates, as in OmegaConf.
+A dataclass's fields are the keys; a field that is itself a dataclass is a section. A YAML file may name others to
+start from (`extends: base.yaml` or a list of such, relative to itself), and so may an override, relative to the working
+directory. Later sources win: base files, file, overrides in order; a file that is reached in several ways counts where
+it comes first. Mappings are merged, lists replaced. `${…}` interpolates, as in OmegaConf.
 
 A section of the schema itself may be one of several dataclasses, `task: ChainConfig | MathConfig`, each with a field
 `kind: Literal["chain"] = "chain"` by which a source chooses. A source that chooses another kind than those before it
@@ -70,10 +71,12 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
     choices, a key without a value, and a value that a dataclass's `__post_init__` refuses with a ValueError.
     """
     merge = _Merge(schema, str(path))
-    for source, values in _file_layers(str(path), ()):
+    given = [_parse_override(override) for override in overrides]
+    bases = [base for values in given for base in _bases("command line", values)]
+    for source, values in _layers([str(path), *bases]).items():
         merge.add(source, values)
     # A kind first: what is given before it on the same command line is meant for it, too.
-    for values in sorted(map(_parse_override, overrides), key=lambda values: not next(iter(values)).endswith(".kind")):
+    for values in sorted(filter(None, given), key=lambda values: not next(iter(values)).endswith(".kind")):
         merge.add("command line", values)
     merge.check()
     config = OmegaConf.to_object(merge.config)
@@ -82,7 +85,7 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
 
 def config_files(path: str | Path) -> list[str]:
     """The file `path` and those that it extends, outermost first. Raises ConfigError where one cannot be read."""
-    return [source for source, _ in _file_layers(str(path), ())]
+    return list(_layers([str(path)]))
 
 
 def to_yaml(config: object) -> str:
@@ -230,20 +233,30 @@ class _Merge:
         return self.path
 
 
-def _file_layers(path: str, children: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`path` with its values, after the files that it extends, outermost first."""
-    if path in children:
-        raise ConfigError(f"{children[-1]}: extends goes round in a circle, back to {path}")
-    try:
-        values = _read(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file" + (f"; {children[-1]} extends it" if children else "")) from error
-    base = values.pop("extends", None)
-    if isinstance(base, str):
-        yield from _file_layers(base if is_uri(base) else joined(split(path)[0], base), (*children, path))
-    elif base is not None:
-        raise ConfigError(f"{path}: extends is {base!r}; it must be the path of one YAML file")
-    yield path, values
+def _layers(paths: Iterable[str], children: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """The values of every file of `paths`, each after the files that it extends."""
+    layers: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if path in children:
+            raise ConfigError(f"{children[-1]}: extends goes round in a circle, back to {path}")
+        try:
+            values = _read(path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path}: no such file" + (f"; {children[-1]} extends it" if children else "")) from error
+        home, _ = split(path)
+        bases = [base if is_uri(base) else joined(home, base) for base in _bases(path, values)]
+        for source, layer in [*_layers(bases, (*children, path)).items(), (path, values)]:
+            layers.setdefault(source, layer)
+    return layers
+
+
+def _bases(source: str, values: dict[str, Any]) -> list[str]:
+    """The files that `values` extend, which is taken out of them."""
+    extends = values.pop("extends", None)
+    bases = [extends] if isinstance(extends, str) else [] if extends is None else extends
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"{source}: extends is {extends!r}; it must be the path of a YAML file, or a list of such")
+    return bases
 
 
 def _read(path: str) -> dict[str, Any]:

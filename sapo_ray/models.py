@@ -21,7 +21,7 @@ from sapo_ray.manifest import recorded
 CALIBRATION_FILE = "calibration.json"
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2Tokenizer
 
 
 @dataclass(kw_only=True)
@@ -74,29 +74,34 @@ def character_tokenizer(alphabet: str, max_length: int) -> Qwen2Tokenizer:
     )
 
 
+def random_architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
+    """The Qwen2 that a config without a checkpoint describes."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_length,
+        tie_word_embeddings=config.tie_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+
+
 def save_random_reasoner(config: ModelConfig, alphabet: str, seed: int, path: Path) -> None:
     """Write a Qwen2 causal LM with random fp32 weights, and its character tokenizer, into the directory `path`."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
     tokenizer = character_tokenizer(alphabet, config.max_length)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.heads,
-                intermediate_size=config.intermediate_size,
-                max_position_embeddings=config.max_length,
-                tie_word_embeddings=config.tie_embeddings,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
-            )
-        )
+        model = Qwen2ForCausalLM(random_architecture(config, tokenizer))
     save_model(model, path)
     tokenizer.save_pretrained(path)
 

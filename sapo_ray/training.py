@@ -216,6 +216,25 @@ class TrainResult:
     """The checkpoint's files, but for the one that holds this result."""
 
 
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's config. Batch sizes are placeholders: the batch plan is ours, and so is the scale of the loss."""
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0 if bare_optimizer(config) else config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.dtype == "bf16"},
+    }
+    if config.zero_stage > 0:
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def bare_optimizer(config: TrainConfig) -> bool:
+    """Whether DeepSpeed leaves the optimizer unwrapped, and with it clipping and the gradient's norm to us."""
+    return config.zero_stage == 0 and config.dtype == "fp32"
+
+
 def finished(job: TrainJob) -> TrainResult | None:
     """The result stored in `job.out`, or None where nothing is there, or what was made from other content.
 

@@ -14,6 +14,7 @@ from hypothesis import settings
 from pyarrow import fs
 
 from sapo_ray.sandbox import bubblewrap
+from tests.architectures import ARCHITECTURES, save_architecture
 from tests.disks import Disk
 
 # A shell without job control has its background jobs ignore SIGINT, by which a lost lease, for one, ends a driver.
@@ -42,6 +43,15 @@ def data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; SAPO_DATA says where it is")
     return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of the paper's models, without their weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ARCHITECTURES:
+        save_architecture(name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

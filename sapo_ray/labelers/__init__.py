@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from sapo_ray.data import Trajectory
 from sapo_ray.labelers.base import (
     Labeler,
+    LabelerName,
     LabelingConfig,
     Labels,
     drive,
@@ -32,6 +34,7 @@ __all__ = [
     "is_labelled",
     "label_correct",
     "make_labeler",
+    "most_checks",
     "omega",
     "outcome",
     "random_step",
@@ -75,3 +78,16 @@ def make_labeler(config: LabelingConfig, start_score: float | None, seed: int) -
                 return outcome(trajectory)
 
     return label
+
+
+def most_checks(labeler: LabelerName, steps: int) -> int:
+    """The most checks that a labeler makes of a wrong trajectory with so many steps, whose answer was read."""
+    match labeler:
+        case "saps" | "random":
+            return min(2, steps - 1)
+        case "shepherd":
+            return steps - 1
+        case "omega":
+            return math.ceil(math.log2(steps))
+        case "outcome":
+            return 0

@@ -266,6 +266,7 @@ NOWHERE = "no Ray job server answers at "
         (["run_dir=runs/mine"], "run_dir is runs/mine; a job needs an absolute path"),
         (["run_dir=s3://me:secret@bucket/run"], "this s3:// URI holds credentials; leave them out and let "),
         (["run_dir=FILES/new", "sft.epcohs=3"], "command line: sft.epcohs is not a key; did you mean sft.epochs?"),
+        (["run_dir=FILES/new", "extends=FILES/x.yaml"], "extends cannot be an argument of a job, which has CONFIG's "),
         (["run_dir=FILES/new", "sft.max_tokens=20"], "sft.max_tokens is 20; it must be at least 27, "),
         (["run_dir=FILES/new", "--address", "127.0.0.1:1"], f"{NOWHERE}http://127.0.0.1:1: [Errno 111] Connection re"),
         (["run_dir=FILES/new", "--address", "ray://me:secret@h:1"], f"{NOWHERE}ray://h:1: No connection adapters"),

@@ -75,6 +75,18 @@ def test_later_sources_win(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_may_extend_several_and_so_may_the_command_line(tmp_path: Path) -> None:
+    """Later ones win, but one that is reached twice does not undo what came between."""
+    _write(tmp_path, "name: base\ntags: [a]\nweights: {x: 1, y: 1, z: 1}\n", "base.yaml")
+    _write(tmp_path, "extends: base.yaml\ntags: [b]\nweights.x: 2\n", "left.yaml")
+    _write(tmp_path, "extends: base.yaml\nname: right\nweights: {x: 3, y: 3}\n", "right.yaml")
+    child = _write(tmp_path, "extends: [left.yaml, right.yaml]\nweights.z: 4\n")
+    assert load_config(Schema, child) == Schema(name="right", tags=["b"], weights={"x": 3.0, "y": 3.0, "z": 4.0})
+    given = [f"extends={tmp_path / 'right.yaml'}", "weights.y=5"]
+    config = load_config(Schema, tmp_path / "left.yaml", given)
+    assert config == Schema(name="right", tags=["b"], weights={"x": 3.0, "y": 5.0, "z": 1.0})
+
+
 def test_an_optional_section_is_filled_and_emptied(tmp_path: Path) -> None:
     path = _write(tmp_path, "name: a\nother: {schedule: constant}\n")
     assert load_config(Schema, path).other == Optimizer(schedule="constant")
@@ -118,7 +130,13 @@ def test_a_value_may_refer_to_another(tmp_path: Path) -> None:
         ("name: a\nmerge: true", [], "{path}: other.lr must be given where merge is true"),
         ("name: a\ntags: [a, b, c]", [], "{path}: too many things at once"),
         ("name: ${nobody}", [], "{path}: name has no meaning: Interpolation key 'nobody' not found"),
-        ("name: a\nextends: 5", [], "{path}: extends is 5; it must be the path of one YAML file"),
+        ("name: a\nextends: 5", [], "{path}: extends is 5; it must be the path of a YAML file, or a list of such"),
+        (
+            "name: a\nextends: [a.yaml, 5]",
+            [],
+            "{path}: extends is ['a.yaml', 5]; it must be the path of a YAML file, or a list of such",
+        ),
+        ("name: a", ["extends=5"], "command line: extends is 5; it must be the path of a YAML file, or a list of such"),
         ("extends: no.yaml", [], "{folder}/no.yaml: no such file; {path} extends it"),
         ("extends: run.yaml", [], "{path}: extends goes round in a circle, back to {path}"),
         ("- 1", [], "{path}: holds a list; it must hold keys with values"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from sapo_ray.labelers import (
     is_labelled,
     label_correct,
     make_labeler,
+    most_checks,
 )
 from sapo_ray.labelers.base import LabelerName
 
@@ -213,6 +215,15 @@ def bound(name: str, trajectory: Trajectory) -> int:
     paired = min(2, unknown)
     search = math.ceil(math.log2(unknown + 1))
     return {"saps": paired, "random": paired, "omega": search, "shepherd": unknown, "outcome": 0}[name]
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+@pytest.mark.parametrize("name", get_args(LabelerName))
+def test_most_checks_are_reached_and_never_exceeded(name: LabelerName, count: int) -> None:
+    tables = [(*table, 0) for table in product((0, 1), repeat=count - 1)]
+    trajectories = [(wrong(count, name=f"q/{step}"), drop_at(step, count)) for step in range(count)]
+    asked = [ask(labeler(name, *trajectory), table)[1] for table in tables for trajectory in trajectories]
+    assert max(sum(map(len, steps)) for steps in asked) == most_checks(name, count)
 
 
 NAMES = st.sampled_from(["saps", "random", "omega", "shepherd", "outcome"])
