@@ -13,6 +13,8 @@ from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.training import TrainConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
+_NF4 = 0.5
+"""Bytes of a weight in four bits; what is kept beside it to scale it, under 3% of that, is left out."""
 _BUCKET = 500_000_000
 """Elements of DeepSpeed's buffer for gradients on their way (`reduce_bucket_size`)."""
 _GATHERED = 1_000_000_000
@@ -64,11 +66,13 @@ def training_memory(shape: Shape, name: str, config: TrainConfig, workers: int) 
     """The most that a worker of the training `name` takes, with AdamW and ZeRO over so many workers.
 
     The arithmetic is that of arXiv 1910.02054, section 5, but gradients are summed in fp32 from stage 1 on. Activations
-    and logits are those of the largest forward pass that `micro_batch_tokens` and the batch allow.
+    and logits are those of the largest forward pass that `micro_batch_tokens` and the batch allow. Frozen weights
+    have neither gradients nor optimizer states.
     """
-    count = shape.verifier_parameters if name == "prm" else shape.parameters
+    count, trained = shape.count(name), shape.trained(name, config.lora)
     stage, size, mixed = config.zero_stage, _BYTES[config.dtype], config.dtype == "bf16"
-    weights = size / (workers if stage == 3 else 1)
+    frozen = _NF4 if config.lora and config.lora.quantize else size
+    weights = (frozen * (count - trained) if config.lora else 0) + size * trained
     sums = {0: size, 1: size + 4 if mixed else 4, 2: 4 / workers, 3: 4 / workers}[stage]
     master = 4 if mixed or stage else 0  # ZeRO copies its part of the weights in fp32, too
     optimizer = (master + 8) / (workers if stage else 1)
@@ -77,9 +81,9 @@ def training_memory(shape: Shape, name: str, config: TrainConfig, workers: int) 
     tokens = min(config.micro_batch_tokens, math.ceil(config.batch_size / workers) * rows * config.max_tokens)
     return Memory(
         section=name,
-        weights=weights * count,
-        gradients=sums * count,
-        optimizer=optimizer * count,
+        weights=weights / (workers if stage == 3 else 1),
+        gradients=sums * trained,
+        optimizer=optimizer * trained,
         buffers=buffers,
         activations=tokens * activation_bytes(shape, size, config.gradient_checkpointing),
         logits=0.0 if name == "prm" else tokens * logit_bytes(shape),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.models import ModelConfig, random_architecture
+from sapo_ray.training import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +35,20 @@ class Shape:
     vocabulary: int
     dtype: str
     """What the checkpoint's weights are stored in."""
+    linears: Mapping[str, int]
+    """The linear layers that may get LoRA's adapters, by name: inputs and outputs of all of that name together."""
+
+    def count(self, training: str) -> int:
+        """Weights of the model that the training of this section has."""
+        return self.verifier_parameters if training == "prm" else self.parameters
+
+    def trained(self, training: str, lora: LoraConfig | None) -> int:
+        """Those of them that it trains: all, or adapters and a verifier's head."""
+        if lora is None:
+            return self.count(training)
+        targets = self.linears if lora.targets is None else lora.targets
+        adapters = lora.rank * sum(self.linears.get(name, 0) for name in targets)
+        return adapters + (self.hidden + 1 if training == "prm" else 0)
 
 
 def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Shape:
@@ -51,6 +68,10 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Shap
         reasoner = AutoModelForCausalLM.from_config(architecture)
         verifier = AutoModelForTokenClassification.from_config(architecture)
     hidden, heads = architecture.hidden_size, architecture.num_attention_heads
+    linears = Counter[str]()
+    for name, module in reasoner.base_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            linears[name.rpartition(".")[2]] += module.in_features + module.out_features
     norms = [m for m in reasoner.modules() if type(m).__name__.endswith("Norm") and m.weight.numel() == hidden]
     return Shape(
         architecture=type(reasoner).__name__,
@@ -65,4 +86,5 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Shap
         intermediate=getattr(architecture, "intermediate_size", None) or 4 * hidden,
         vocabulary=architecture.vocab_size,
         dtype=str(architecture.dtype or "float32").removeprefix("torch."),
+        linears=dict(linears),  # as JSON has it
     )

@@ -95,7 +95,7 @@ class Workload:
 
     def _finetune(self) -> Stage:
         stage, worked = Stage("round-0/sft"), self.questions["worked"]
-        self._train(stage, self.config.sft, worked, worked, self.shape.parameters)
+        self._train(stage, "sft", worked, worked)
         return stage
 
     def _sample_validation(self) -> Stage:
@@ -115,11 +115,11 @@ class Workload:
         return stage
 
     def _train_verifier(self, number: int) -> Stage:
-        stage, config = Stage(f"round-{number}/prm"), self.config
+        stage, labeling = Stage(f"round-{number}/prm"), self.config.labeling
         rows = sum(self._labelled()) + (self.questions["worked"] if number == 0 else 0)
-        if config.labeling.expand:
-            rows += self._labelled()[1] * self._checks(self._labeler(number)) * config.labeling.rollouts
-        self._train(stage, config.prm, rows, rows, self.shape.verifier_parameters)
+        if labeling.expand:
+            rows += self._labelled()[1] * self._checks(self._labeler(number)) * labeling.rollouts
+        self._train(stage, "prm", rows, rows)
         return stage
 
     def _calibrate(self, number: int) -> Stage:
@@ -149,7 +149,7 @@ class Workload:
         left = min(pairs.max_unpaired_per_question, max(0.0, right - paired)) if pairs.keep_unpaired else 0
         worked = self.questions["worked"] * min(pairs.max_unpaired_per_question, int(pairs.keep_unpaired))
         examples, sequences = questions * (paired + left) + worked, questions * (2 * paired + left) + worked
-        self._train(stage, self.config.align, examples, sequences, self.shape.parameters)
+        self._train(stage, "align", examples, sequences)
         return stage
 
     def _evaluate(self, number: int) -> Stage:
@@ -204,10 +204,12 @@ class Workload:
         stage.requests += round(trajectories)
         stage.cost += Cost(scored_tokens=round(tokens), flops=2.0 * self.shape.verifier_parameters * tokens)
 
-    def _train(self, stage: Stage, config: TrainConfig, examples: float, sequences: float, parameters: int) -> None:
+    def _train(self, stage: Stage, name: str, examples: float, sequences: float) -> None:
         """Passes over the examples, which have so many sequences, as far as `max_updates` lets them go."""
+        config: TrainConfig = getattr(self.config, name)
         passes = float(config.epochs)
         if config.max_updates is not None:
             passes = min(passes, config.max_updates * config.batch_size / max(1.0, examples))
         tokens = passes * sequences * self.lengths.sequence
-        stage.cost += Cost(trained_tokens=round(tokens), flops=6.0 * parameters * tokens)
+        weights = 4.0 * self.shape.count(name) + 2.0 * self.shape.trained(name, config.lora)
+        stage.cost += Cost(trained_tokens=round(tokens), flops=weights * tokens)

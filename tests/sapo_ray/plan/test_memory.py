@@ -27,7 +27,7 @@ from sapo_ray.plan.memory import (
 )
 from sapo_ray.plan.shape import Shape, model_shape
 from sapo_ray.requests import EngineConfig, VerifierConfig
-from sapo_ray.training import TrainConfig, TrainerConfig
+from sapo_ray.training import LoraConfig, TrainConfig, TrainerConfig
 from tests.architectures import ARCHITECTURES, save_architecture
 
 BILLION = Shape(
@@ -43,6 +43,7 @@ BILLION = Shape(
     intermediate=4000,
     vocabulary=50_000,
     dtype="bfloat16",
+    linears={"q_proj": 20_000, "down_proj": 50_000},
 )
 ENGINE = EngineConfig(
     gpus_per_worker=1,
@@ -254,3 +255,17 @@ def test_what_may_not_fit_is_doubted() -> None:
     found = list(doubts(shared, BILLION, 48 * GIB, "the card", 1000))
     assert found[0].startswith("engine: the key-value cache has room for 2")
     assert found[1].startswith("engine.gpu_memory_utilization is 0.9 and engine.gpus_per_worker 0.5: ")
+
+
+def test_frozen_weights_have_neither_gradients_nor_optimizer_states() -> None:
+    """Rank 8 on both layers trains 8 * 70,000 of 10^9 weights; the head of a verifier of width 1,000 is 1,001 more."""
+    trained, head = 8 * 70_000, 1001
+    lora = TrainConfig(dtype="bf16", zero_stage=0, lora=LoraConfig(rank=8))
+    memory = training_memory(BILLION, "sft", lora, 1)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * 10**9, 2 * trained, 12 * trained)
+    assert training_memory(BILLION, "prm", lora, 1).gradients == 2 * (trained + head)
+    packed = TrainConfig(dtype="bf16", zero_stage=0, lora=LoraConfig(rank=8, targets=["q_proj"], quantize="nf4"))
+    few = 8 * 20_000
+    assert training_memory(BILLION, "sft", packed, 1).weights == 0.5 * (10**9 - few) + 2 * few
+    shared = TrainConfig(dtype="bf16", zero_stage=3, lora=LoraConfig(rank=8))
+    assert training_memory(BILLION, "sft", shared, 4).states == (2 * 10**9 + 16 * trained) / 4

@@ -19,7 +19,7 @@ from sapo_ray.plan.workload import Lengths, Stage, Workload
 from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.sampler import SamplingConfig
 from sapo_ray.tasks.base import Split
-from sapo_ray.training import TrainConfig, TrainerConfig
+from sapo_ray.training import LoraConfig, TrainConfig, TrainerConfig
 
 N, V = 1_000_000, 900_000
 SHAPE = Shape(
@@ -35,6 +35,7 @@ SHAPE = Shape(
     intermediate=128,
     vocabulary=100,
     dtype="bfloat16",
+    linears={"q_proj": 20_000, "down_proj": 50_000},
 )
 QUESTIONS: dict[Split, int] = {"worked": 50, "pool": 100, "validation": 20, "test": 30, "ood": 10}
 LENGTHS = Lengths(prompt=100, solution=60, steps=7.4)
@@ -206,3 +207,9 @@ def test_hours_are_told_of_gpus_in_16_bits_only() -> None:
         "verifier.dtype = float32",
         "prm.dtype = fp32",
     ]
+
+
+def test_a_frozen_weight_costs_two_thirds_of_a_trained_one() -> None:
+    trained = 8 * 70_000
+    lora = costs(replace(CONFIG, sft=replace(CONFIG.sft, lora=LoraConfig(rank=8))))["round-0/sft"]
+    assert lora.flops == (4 * N + 2 * trained) * lora.trained_tokens
