@@ -77,7 +77,8 @@ class Coordinator:
 
     async def enter(self, stage: str) -> None:
         """Work for this stage from now on, as logs and metrics see it."""
-        gc.freeze()  # what is there stays
+        gc.collect()
+        gc.freeze()  # what is left stays, and is not looked at again
         self._engines.enter(stage)
 
     async def load_reasoner(self, checkpoint: str) -> None:

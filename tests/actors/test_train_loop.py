@@ -186,8 +186,8 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     ("stage", "dtype"),
     [
         (2, "fp32"),
-        (3, "fp32"),
         (0, "bf16"),
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
         pytest.param(0, "fp32", marks=pytest.mark.slow),
         pytest.param(1, "fp32", marks=pytest.mark.slow),
         pytest.param(1, "bf16", marks=pytest.mark.slow),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -176,3 +177,19 @@ def test_a_full_disk_is_named_whatever_library_meets_it(disk: Disk) -> None:
 def test_an_error_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such layer"), Folder(tmp_path).staging("model"):
         raise ValueError("no such layer")
+
+
+def test_an_object_that_is_replaced_before_it_is_read_comes_whole(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, opened = Folder(s3.format("replaced")), list[str]()
+    folder.write("a", "short")
+
+    def open_late(name: str) -> pa.NativeFile:
+        file = Folder(folder.location).open(name)
+        if not opened:
+            folder.write(name, "a text that is longer")
+        opened.append(name)
+        return file
+
+    monkeypatch.setattr(folder, "open", open_late)
+    assert folder.read("a") == b"a text that is longer"
+    assert opened == ["a", "a"]
