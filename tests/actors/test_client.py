@@ -117,6 +117,7 @@ def test_a_coordinator_that_cannot_start_says_why_at_once(config: RunConfig) -> 
         client.call("sample_and_label", 1)
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_interrupted_records_what_is_done(
     config: RunConfig, model: str, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:

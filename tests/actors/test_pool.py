@@ -384,10 +384,10 @@ def test_a_pool_that_cannot_start_says_why(checkpoint: str, cause: str) -> None:
 def test_a_pool_grows_with_its_backlog_and_shrinks_when_idle_but_never_ends_a_worker_with_work() -> None:
     async def test(pool: TestPool) -> None:
         assert pool.stats().ready == 0  # none is needed yet
-        results = submit(pool, *["work"] * 24)
+        results = submit(pool, *["work"] * 12)
         stats = await until(pool, lambda stats: stats.ready == 3)
         assert stats.counts["grown"] >= 3
-        assert await results == ["workwork"] * 24
+        assert await results == ["workwork"] * 12
         stats = await until(pool, lambda stats: stats.ready == 0)
         assert (stats.counts["shrunk"], stats.counts.get("dead", 0)) == (3, 0)
         assert any("requests wait and no worker is up" in event for event in pool.events())
