@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from sapo_ray.manifest import Manifest
 from sapo_ray.shards import PROGRESS, Kind, read_progress
 from sapo_ray.store import RunDirectory
 
@@ -100,7 +101,7 @@ def assert_nothing_is_lost(store: RunDirectory, undisturbed: RunDirectory) -> No
 
 def shards(store: RunDirectory) -> dict[str, str]:
     """The checksums of all shards of finished stages, and of those that an unfinished one goes on from."""
-    records = [notes.get("files", {}) for notes in store.stages().values()]
+    records = list(Manifest(store.folder).files().values())
     records += [read_progress(store.folder, name)["files"] for name in store.folder.sizes() if name.endswith(PROGRESS)]
     return {name: r["sha256"] for files in records for name, r in files.items() if name.endswith(".parquet")}
 
