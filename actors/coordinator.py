@@ -58,8 +58,8 @@ from sapo_ray.tasks import make_task
 
 _CALIBRATION_ROWS = 1000
 _GC_THRESHOLDS = (100_000, 20, 100)
-"""Requests leave little garbage in cycles, but their objects are so many that with Python's own thresholds the looking
-for it was a third of the coordinator's time."""
+"""Requests leave little garbage in cycles, but their objects are so many that with Python's own thresholds looking for
+it took much of the coordinator's time."""
 Item = tuple[Question, Trajectory]
 
 logger = logging.getLogger(__name__)
