@@ -39,7 +39,7 @@ from sapo_ray.labelers import (
     make_labeler,
 )
 from sapo_ray.metrics import best_threshold, self_verification_error
-from sapo_ray.models import CALIBRATION_FILE, Calibration
+from sapo_ray.models import CALIBRATION_FILE, CALIBRATION_ROWS, Calibration
 from sapo_ray.pairs import make_pairs, share_unlike, shuffled
 from sapo_ray.report import StreamReport
 from sapo_ray.sampler import Sampler, Solver, round_questions
@@ -56,7 +56,6 @@ from sapo_ray.store import (
 )
 from sapo_ray.tasks import make_task
 
-_CALIBRATION_ROWS = 1000
 _GC_THRESHOLDS = (100_000, 20, 100)
 """Requests leave little garbage in cycles, but their objects are so many that with Python's own thresholds looking for
 it took much of the coordinator's time."""
@@ -209,7 +208,7 @@ class Coordinator:
         rows = [labelled_of(row) for row in self._store.read(round_number, "labels")]
         right = [row for row in rows if row.step_labels[0] == 1]
         sampled = [row for row in right if row.trajectory.source == "sampled"] or right
-        return Random(self._config.seed).sample(sampled, min(_CALIBRATION_ROWS, len(sampled)))
+        return Random(self._config.seed).sample(sampled, min(CALIBRATION_ROWS, len(sampled)))
 
     async def verify_self(self, stage: str) -> dict[str, Any]:
         """Self-verification error of the loaded verifier, checked by the loaded reasoner, on fixed trajectories."""

@@ -35,6 +35,7 @@ from transformers import (
 
 from sapo_ray.batching import global_batches, micro_batches
 from sapo_ray.cache import local_checkpoint, local_copy
+from sapo_ray.cost import training_flops
 from sapo_ray.errors import told
 from sapo_ray.files import Folder, joined, split
 from sapo_ray.lease import HeldFolder
@@ -124,8 +125,7 @@ class Training:
         self.data = _together(lambda: read_examples(job, self.objective, self.tokenizer))
         self.shapes = [example.shape for example in self.data.examples]
         model = _together(lambda: load_model(job, self.init, self.objective.head))
-        # A forward pass, and the gradients of activations and, where they are trained, of weights.
-        self.token_flops = 4.0 * model.num_parameters() + 2.0 * model.num_parameters(only_trainable=True)
+        self.token_flops = training_flops(model.num_parameters(), model.num_parameters(only_trainable=True))
         self.weights = torch.tensor(list(self.objective.weights.values()), device=device)
         self.engine = _engine(model, job.config)
         self.progress = self._restore()

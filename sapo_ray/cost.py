@@ -10,10 +10,9 @@ from typing import Any
 class Cost:
     """A sum of costs. Tokens cached by the engine's prefix cache were not computed and cost no FLOPs.
 
-    FLOPs are counted as 2 · parameters a token for a forward pass and 6 · parameters a token for training (Kaplan et
-    al., arXiv 2001.08361), of which 2 are for the weights' gradients, which frozen weights have not; attention's
-    quadratic part is left out. `program_seconds` sums what sandboxed programs took,
-    each by the clock, though several run at once.
+    FLOPs are counted as 2 · parameters a token for a forward pass and by `training_flops` for training (Kaplan et
+    al., arXiv 2001.08361); attention's quadratic part is left out. `program_seconds` sums what sandboxed programs
+    took, each by the clock, though several run at once.
     """
 
     trajectories: int = 0
@@ -36,6 +35,12 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def training_flops(parameters: int, trained: int) -> float:
+    """FLOPs of a trained token: 2 a parameter each for the forward pass and the gradients of activations, and 2 a
+    trained one for those of weights. So 6 a parameter where all are trained."""
+    return 4.0 * parameters + 2.0 * trained
 
 
 _NAMES = tuple(field.name for field in fields(Cost))

@@ -19,6 +19,8 @@ from sapo_ray.files import Folder
 from sapo_ray.manifest import recorded
 
 CALIBRATION_FILE = "calibration.json"
+CALIBRATION_ROWS = 1000
+"""Most labelled trajectories that a verifier's start score is taken over."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2Tokenizer

@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sapo_ray.config import RunConfig
-from sapo_ray.cost import Cost
+from sapo_ray.cost import Cost, training_flops
 from sapo_ray.encoding import encode
 from sapo_ray.labelers import most_checks
 from sapo_ray.labelers.base import LabelerName
+from sapo_ray.models import CALIBRATION_ROWS
 from sapo_ray.plan.shape import Shape
 from sapo_ray.tasks.base import Split, Task
 from sapo_ray.training import TrainConfig
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MEASURED = 200
-_CALIBRATION = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Workload:
 
     def _calibrate(self, number: int) -> Stage:
         stage = Stage(f"round-{number}/calibrate")
-        self._score(stage, min(_CALIBRATION, sum(self._labelled())) + self.validated / 2)
+        self._score(stage, min(CALIBRATION_ROWS, sum(self._labelled())) + self.validated / 2)
         return stage
 
     def _verify_self(self, name: str) -> Stage:
@@ -211,5 +211,5 @@ class Workload:
         if config.max_updates is not None:
             passes = min(passes, config.max_updates * config.batch_size / max(1.0, examples))
         tokens = passes * sequences * self.lengths.sequence
-        weights = 4.0 * self.shape.count(name) + 2.0 * self.shape.trained(name, config.lora)
-        stage.cost += Cost(trained_tokens=round(tokens), flops=weights * tokens)
+        flops = tokens * training_flops(self.shape.count(name), self.shape.trained(name, config.lora))
+        stage.cost += Cost(trained_tokens=round(tokens), flops=flops)
