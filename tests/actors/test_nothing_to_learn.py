@@ -216,6 +216,7 @@ def test_empty_completions_skip_what_needs_samples(
     assert (one["verifier"]["auroc"], one["verifier"]["brier"], one["test"]["repetitiveness"]) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_samples_that_are_all_right_are_labelled_without_a_check(
     unanswered: tuple[RunDirectory, Recorder], config: RunConfig, tmp_path: Path
 ) -> None:
