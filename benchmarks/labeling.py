@@ -3,7 +3,7 @@
 All of them share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each
 starts. They ask for the same rollouts of the same prefix. Of the task `chain` the trajectories have 5, 8 and 12 steps,
 and truth is its `reachable` oracle; of any other task they are of test questions, and truth is what shepherd says. The
-models are M_0 and V_0 of a config, trained at the first call:
+models are M_0 and V_0 of a config, trained at the first call, in a run directory of their own:
 
     python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories 300] [--config configs/labeling.yaml]
 """
@@ -47,7 +47,8 @@ Item = tuple[Question, Trajectory]
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 @click.argument("overrides", nargs=-1)
 def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, overrides: Sequence[str]) -> None:
-    store = complete(config, overrides)
+    run_dir = load_config(RunConfig, config, overrides).run_dir or f"runs/{Path(config).stem}"
+    store = complete(config, [*overrides, "rounds=0", f"run_dir={run_dir}-round-0"])
     settings = load_config(RunConfig, store.folder.locate("config.yaml"))
     with (
         ray_session(settings),

@@ -62,7 +62,9 @@ def import_model(source: str, directory: Path, dtype: str | None = None, revisio
     wanted: torch.dtype | None = getattr(torch, dtype) if dtype else None
     if Path(source).is_dir():
         raise SapoError(f"{source} is a directory; a checkpoint directory needs no import: name it as model.path")
-    if Path(source).is_file() or source.endswith(".gguf"):
+    if source.endswith(".gguf") and not Path(source).exists():
+        raise SapoError(f"{source}: no such file; name a GGUF file, or a model of the Hugging Face hub")
+    if Path(source).is_file():
         if revision:
             raise SapoError(f"--revision is {revision}, but {source} is a file, which has none; leave it out")
         return _from_gguf(Path(source), directory, wanted)

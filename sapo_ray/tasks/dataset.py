@@ -149,7 +149,8 @@ class DataTask(Task):
             try:
                 if isinstance(record, str):
                     raise SapoError(record)
-                questions.append(self._question(f"{name}-{number}", source, record))
+                if source.where is None or _holds(source.where, record):
+                    questions.append(self._question(f"{name}-{number}", source, record))
             except SapoError as error:
                 bad.append(f"{place}: {error}")
         if bad:
@@ -159,7 +160,8 @@ class DataTask(Task):
                 raise SapoError(f"{message} (task.on_bad: skip leaves such out)")
             remarks.append(f"{message}; left out")
         if not questions:
-            raise SapoError(f"task.{name}_data has no questions")
+            condition = f" for which task.{name}_data.where holds" if source.where else ""
+            raise SapoError(f"task.{name}_data has no questions{condition}")
         return questions
 
     def _question(self, name: str, source: SourceConfig, record: Record) -> Question:
@@ -209,6 +211,14 @@ def _unseen(key: str, questions: Iterable[Question], seen: set[str], remarks: li
 
 def _content(question: Question) -> str:
     return " ".join(question.text.split()).casefold()
+
+
+def _holds(condition: str, record: Record) -> bool:
+    """What a source's `where` says of a record. Raises SapoError where it says neither yes nor no."""
+    text = fill(condition, "where", record).strip()
+    if text not in ("True", "False"):
+        raise SapoError(f"where comes to {text!r}; it must come to True or False")
+    return text == "True"
 
 
 def field_of(source: SourceConfig, key: str, record: Record) -> str:

@@ -38,6 +38,9 @@ class SourceConfig:
     """The worked solution, likewise; null where there is none."""
     strip: str | None = None
     """A regular expression of what to remove from worked solutions, such as GSM8K's `<<[^<>]*>>`."""
+    where: str | None = None
+    """A Jinja template over the columns that comes to `True` for the records to use and to `False` for all others, such
+    as `{{ answer.count('\\n') <= 3 }}`: GSM8K's questions with at most three steps. Null uses all."""
 
 
 class Record(NamedTuple):

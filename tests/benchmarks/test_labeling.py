@@ -96,7 +96,11 @@ def coordinator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Coordinator:
     def session(_: RunConfig) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(labeling, "complete", lambda *_: RunDirectory(tmp_path))
+    def complete(_: str, overrides: Sequence[str]) -> RunDirectory:
+        assert overrides == ["rounds=0", "run_dir=runs/labeling-round-0"]
+        return RunDirectory(tmp_path)
+
+    monkeypatch.setattr(labeling, "complete", complete)
     monkeypatch.setattr(labeling, "load_config", lambda *_: settings)
     monkeypatch.setattr(labeling, "ray_session", session)
     monkeypatch.setattr(labeling, "CoordinatorClient", lambda *_: made)

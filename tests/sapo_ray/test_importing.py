@@ -206,6 +206,7 @@ def test_places_and_sources_that_do_not_fit_are_named(
             import_model(source, target)
     refused(str(tmp_path / "full"), tmp_path / "made", "is a directory; a checkpoint directory needs no import")
     refused(source, tmp_path / "made", "--revision is main, but", revision="main")
+    refused("/nowhere/none.gguf", tmp_path / "made", "/nowhere/none.gguf: no such file")
     (tmp_path / "empty").mkdir()
     assert import_model(source, tmp_path / "empty").parameters == qwen[0].num_parameters()
 

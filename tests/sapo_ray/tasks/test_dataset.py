@@ -123,6 +123,32 @@ def test_splits_do_not_depend_on_each_others_sizes(tmp_path: Path) -> None:
     assert Math(config(tmp_path, seed=1)).questions("worked") != Math(config(tmp_path)).questions("worked")
 
 
+def test_records_may_be_chosen_by_a_condition(data: Path) -> None:
+    easy = "{{ answer.count('\\n') in (2, 3) }}"
+    source = SourceConfig(path=str(data / "gsm8k/test.jsonl"), solution="answer", strip="<<[^<>]*>>", where=easy)
+    task = Math(MathConfig(train_data=source, worked=300, validation=0, test=0))
+    assert {len(q.solution or ()) for q in task.questions("worked")} == {3, 4}  # the answer's own line is one, too
+    records = [json.loads(line) for line in Path(source.path or "").read_text().splitlines()]
+    wanted = {f"train-{n}" for n, record in enumerate(records, 1) if record["answer"].count("\n") in (2, 3)}
+    assert {q.id for split in SPLITS for q in task.questions(split)} == wanted
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("{{ answer }}", "line 1: where comes to '0'; it must come to True or False"),
+        ("{{ level > 3 }}", "line 1: where: 'level' is undefined"),
+        ("{{ answer > 99 }}", "task.train_data has no questions for which task.train_data.where holds"),
+    ],
+)
+def test_a_condition_that_says_neither_or_leaves_nothing_is_refused(tmp_path: Path, where: str, message: str) -> None:
+    settings = config(tmp_path)
+    settings.train_data.where = where
+    with pytest.raises(SapoError) as caught:
+        Math(settings).questions("pool")
+    assert message in str(caught.value)
+
+
 def test_a_question_is_in_one_split_the_test_first(tmp_path: Path) -> None:
     test = lines(tmp_path / "t.jsonl", [{**ROWS[3], "question": " 3+3?\n"}, *ROWS[30:]])
     ood = lines(tmp_path / "o.jsonl", [ROWS[30], ROWS[4], ROWS[4]])
