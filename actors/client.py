@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from actors.coordinator import Coordinator
 from actors.flush import FLUSH_SECONDS
@@ -16,6 +16,9 @@ from sapo_ray.progress import Reporter
 
 MAX_DEATHS = 3
 """Deaths of the coordinator in one call after which the run gives up."""
+
+HUNG_AFTER = 1800.0
+"""Seconds without an answer after which it counts as dead: it may be busy so long with reading all that a run has."""
 
 
 class CoordinatorClient:
@@ -75,14 +78,15 @@ class CoordinatorClient:
                 return self._wait(getattr(self._actor, method).remote(*args))
             except RayTaskError as error:
                 raise SapoError(f"{method}: {told(error.cause)}") from error
-            except RayActorError as error:
+            except (RayActorError, GetTimeoutError) as error:
                 self._give_up()
-                if error.actor_init_failed:  # another would fail alike; Ray's error holds the constructor's
+                if isinstance(error, RayActorError) and error.actor_init_failed:  # another would fail alike
                     cause = told(error.args[0].cause)
                     raise SapoError(f"{method}: the coordinator cannot start: {cause}") from error
+                cause = one_line(error) if isinstance(error, RayActorError) else f"hung: no answer for {HUNG_AFTER:g} s"
                 if deaths == MAX_DEATHS:
-                    raise SapoError(f"{method}: the coordinator died {deaths} times: {one_line(error)}") from error
-                self._reporter.warn(f"{method}: the coordinator died ({one_line(error)}) and is started again")
+                    raise SapoError(f"{method}: the coordinator died {deaths} times: {cause}") from error
+                self._reporter.warn(f"{method}: the coordinator died ({cause}) and is started again")
             except RayError as error:
                 raise SapoError(f"{method}: {told(error)}") from error
 
@@ -95,7 +99,7 @@ class CoordinatorClient:
         """The coordinator's answer; what it does or waits for, such as nodes for its workers, is shown meanwhile."""
         try:
             while not ray.wait([answer], timeout=1.0)[0]:
-                self._show(ray.get(self._actor.progress.remote()))
+                self._show(ray.get(self._actor.progress.remote(), timeout=HUNG_AFTER))
             return ray.get(answer)
         except KeyboardInterrupt:
             ray.cancel(answer)
@@ -119,13 +123,13 @@ class CoordinatorClient:
             if not _is_placed(self._actor):
                 self._reporter.update(0, 0, f"the coordinator waits for a node with {cpus:g} CPU")
         ray.get(entered)
-        if self._paused:
-            self._wait(self._actor.resume.remote())
-        self._paused = False
         for role, checkpoint in self._wanted.items():
             if self._loaded.get(role) != checkpoint:
                 self._wait(getattr(self._actor, f"load_{role}").remote(checkpoint))
                 self._loaded[role] = checkpoint
+        if self._paused:
+            self._wait(self._actor.resume.remote())
+        self._paused = False
 
 
 def _is_placed(actor: Any) -> bool:

@@ -33,8 +33,12 @@ from sapo_ray.scaling import Growth, Load, ScalingConfig, growth, tried_together
 RATE_WINDOW = 60.0
 """Seconds over which the rate of a pool is taken."""
 FAILED_STARTS = 3
-"""Workers that may die one after the other while they start, before the pool gives up."""
+"""Workers that may fail one after the other while they start, before the pool gives up."""
+SET_ASIDE_IN_A_ROW = 8
+"""Requests that may be set aside one after the other, with none answered in between, before the pool gives up: then it
+is not they that kill."""
 _TICK = 1.0
+_REST = 60.0  # seconds without growth after a worker could not start that the pool can do without
 _SCHEDULING = 5.0  # a worker that Ray has not placed after so many seconds waits for a node
 
 logger = logging.getLogger(__name__)
@@ -137,8 +141,8 @@ class ElasticPool(Generic[Request, Result]):
     results.
 
     An exception in the list fails its request alone; what a call raises fails all requests of that call, with a
-    WorkerError that names the cause. A worker that cannot start for a reason of its own breaks the pool: everything
-    that waits fails with that reason. Lives in one asyncio loop. `upcoming` is what its users expect to submit yet.
+    WorkerError that names the cause. Where the least number of workers cannot start, or workers die over whatever they
+    are asked, the pool breaks: everything that waits fails with the reason. Lives in one asyncio loop. `upcoming` is what its users expect to submit yet.
     """
 
     def __init__(
@@ -170,7 +174,8 @@ class ElasticPool(Generic[Request, Result]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._broken: WorkerError | None = None
-        self._failed_starts = 0
+        self._failed_starts = self._set_aside_in_a_row = 0
+        self._was_up, self._rest_until = False, 0.0
         self._meter, self._counts = _Meter(), Counter[str]()
         self._events: list[str] = []
         self._run = self._stage = "-"
@@ -188,6 +193,8 @@ class ElasticPool(Generic[Request, Result]):
         Returns when those are ready. Raises WorkerError with the cause where a worker cannot start or load, which
         breaks the pool.
         """
+        if self._paused and self._sleeps:
+            await self.resume()  # an engine that sleeps takes no weights
         first, self._checkpoint = self._checkpoint is None, checkpoint
         self._version += 1
         if first:
@@ -250,6 +257,7 @@ class ElasticPool(Generic[Request, Result]):
             await self._changed.wait()
         if self._broken:
             raise self._broken
+        self._was_up = True
 
     async def close(self) -> None:
         """End the workers. Requests that are still waiting fail."""
@@ -293,7 +301,8 @@ class ElasticPool(Generic[Request, Result]):
         starved = not queued and any(not worker.requests for worker in ready)  # what is to come waits elsewhere
         waiting = queued + (0 if starved else self.upcoming)
         load = Load(waiting, len(ready), len(self._workers) - len(ready), self._meter.rate())
-        if decision := growth(load, self._least, self._most, self._scaling.grow_after):
+        rests = len(self._workers) >= self._least and time.monotonic() < self._rest_until
+        if not rests and (decision := growth(load, self._least, self._most, self._scaling.grow_after)):
             self._grow(decision)
         long_ago = time.monotonic() - self._scaling.shrink_after
         idle = [worker for worker in ready if not worker.requests and worker.idle_since < long_ago]
@@ -305,7 +314,7 @@ class ElasticPool(Generic[Request, Result]):
             self._remove(worker)
 
     def _grow(self, decision: Growth) -> None:
-        if self._made >= self._least:  # not the first ones
+        if len(self._workers) >= self._least:  # not the first ones, nor those that replace them
             self._counts.update(growths=1, grown=decision.workers)
             self._say(f"{len(self._workers)} -> {len(self._workers) + decision.workers} workers: {decision.reason}")
         assert self._checkpoint is not None
@@ -322,14 +331,9 @@ class ElasticPool(Generic[Request, Result]):
             await self._in_time(self._make_ready(worker))
             while worker.version != self._version:  # loaded meanwhile; from here to `ready` nothing is waited for
                 await self._in_time(self._reload(worker))
-        except (RayActorError, EngineDeadError) as error:
-            if worker in self._workers:  # not ended by the pool itself
-                self._failed_starts += not _node_is_lost(error)
-                if self._failed_starts >= FAILED_STARTS:
-                    self._break(self._error(worker, "start", error))
-                self._lose(worker, error)
         except Exception as error:
-            self._break(error if isinstance(error, WorkerError) else self._error(worker, "start", error))
+            if worker in self._workers:  # not ended by the pool itself
+                self._fail_start(worker, error)
         else:
             self._failed_starts = 0
             if self._paused and worker in self._workers:  # it came too late to be ended or put to sleep with the others
@@ -339,16 +343,28 @@ class ElasticPool(Generic[Request, Result]):
             self._changed.set()
             self._wake()
 
+    def _fail_start(self, worker: _Worker, error: Exception) -> None:
+        """Try again, or break the pool: over workers that it cannot do without, where that happens again and again; at
+        once over what the very first ones say, such as that there is no such model. One more than those, on a bad node,
+        say, ends nothing: for a while no other is asked for."""
+        self._failed_starts += not _node_is_lost(error)
+        died = isinstance(error, RayActorError | EngineDeadError)
+        if self._was_up and len(self._workers) > self._least:
+            self._rest_until = time.monotonic() + _REST
+        elif self._failed_starts >= FAILED_STARTS or not (died or self._was_up):
+            self._break(error if isinstance(error, WorkerError) else self._error(worker, "start", error))
+        self._lose(worker, error)
+
     async def _make_ready(self, worker: _Worker) -> None:
         await worker.actor.ready.remote()
         await self._reload(worker)
 
     async def _in_time(self, work: Awaitable[None]) -> None:
-        """A worker's start, or a command to it. Raises HungError where that takes `hang_after` seconds."""
+        """A worker's start, or a command to it. Raises HungError where that takes `start_within` seconds."""
         try:
-            await asyncio.wait_for(work, self._scaling.hang_after)
+            await asyncio.wait_for(work, self._scaling.start_within)
         except TimeoutError:
-            raise HungError(f"hung: no answer for {self._scaling.hang_after:g} s") from None
+            raise HungError(f"hung: no answer for {self._scaling.start_within:g} s") from None
 
     async def _reload(self, worker: _Worker) -> None:
         while worker.version != self._version:
@@ -532,10 +548,13 @@ class ElasticPool(Generic[Request, Result]):
 
     async def _set_aside(self, waiting: _Waiting[Request, Result], worker: _Worker, cause: str) -> None:
         self._counts["quarantined"] += 1
+        self._set_aside_in_a_row += 1
         tail = await log_tail(worker.place)
         error = QuarantinedError(waiting.request.id, waiting.kills, cause, tail)
         self._say(str(error), waiting)
         self._fail([waiting], error)
+        if self._set_aside_in_a_row >= SET_ASIDE_IN_A_ROW:
+            self._break(WorkerError(f"{self.name} pool: {self._set_aside_in_a_row} requests in a row killed their workers: {error}"))
 
     def _deliver(
         self, worker: _Worker, batch: list[_Waiting[Request, Result]], results: Sequence[Result | Exception]
@@ -549,6 +568,7 @@ class ElasticPool(Generic[Request, Result]):
             elif not waiting.result.done():
                 waiting.result.set_result(result)
                 self._meter.done += 1
+                self._set_aside_in_a_row = 0
 
     def _error(self, worker: _Worker, method: str, error: Exception) -> WorkerError:
         cause = error.cause if isinstance(error, RayTaskError) else error

@@ -137,7 +137,7 @@ class Training:
         epochs = (global_batches(self.shapes, config.batch_size, self.job.seed, e) for e in range(config.epochs))
         batches = [batch for epoch in epochs for batch in epoch][: config.max_updates]
         logger.info("%d updates on %d examples, from update %d", len(batches), len(self.shapes), resumed_from)
-        reported, told = -math.inf, resumed_from
+        reported_at, reported = -math.inf, resumed_from
         while progress.updates < len(batches):
             lr = learning_rate(config, progress.updates, len(batches))
             metrics, stops = self.update(batches[progress.updates], lr, stop())
@@ -146,9 +146,9 @@ class Training:
             progress.seconds = time.monotonic() - self.begun
             saves = stops or (config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0)
             ends = progress.updates == len(batches)
-            if dist.get_rank() == 0 and (saves or ends or progress.seconds > reported + 1):
-                report(len(batches), progress.metrics[told:])
-                reported, told = progress.seconds, progress.updates
+            if dist.get_rank() == 0 and (saves or ends or progress.seconds > reported_at + 1):
+                report(len(batches), progress.metrics[reported:])
+                reported_at, reported = progress.seconds, progress.updates
             if saves:
                 self._save()
             if stops:

@@ -9,8 +9,9 @@ import torch
 
 from actors.logs import answering
 from actors.pool import ElasticPool
-from actors.worker import PoolWorker, actor_class
+from actors.worker import EngineDeadError, PoolWorker, actor_class
 from sapo_ray.cache import local_checkpoint
+from sapo_ray.errors import told
 from sapo_ray.requests import ScoreRequest, VerifierConfig, cpu_threads, thread_environment
 from sapo_ray.scaling import ScalingConfig
 from sapo_ray.scoring import load_verifier, score
@@ -38,7 +39,10 @@ class VerifierWorker(PoolWorker):
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """ĉ_j of every step, one list a trajectory."""
         with answering("score", [request.id for request in requests]):
-            scores = score(self._model, [request.encoded for request in requests], self._config.batch_tokens)
+            try:
+                scores = score(self._model, [request.encoded for request in requests], self._config.batch_tokens)
+            except torch.AcceleratorError as error:  # after which this process can do nothing more on its device
+                raise EngineDeadError(f"the device failed: {told(error)}") from error
         self.progress += 1
         return scores
 

@@ -38,7 +38,7 @@ def ray_session(config: RunConfig, *, trains: bool = True) -> Iterator[None]:
     try:
         with postponed():  # what hits Ray while it starts or ends makes the process crash, or leaves others behind
             ray.init(
-                address=address,
+                address=address or "local",  # without it Ray joins whatever cluster was last started on this machine
                 num_cpus=None if address else config.ray.num_cpus,
                 runtime_env={"env_vars": environment},
                 include_dashboard=False,

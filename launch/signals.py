@@ -33,7 +33,12 @@ def last_words() -> tuple[str, int]:
 def postponed() -> Iterator[None]:
     """A signal waits until the block ends, then meets the handler that was there before the block."""
     waiting: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: waiting.append(got)) for number in _LINES}
+
+    def wait(number: int, _: FrameType | None) -> None:
+        _limit_grace()
+        waiting.append(number)
+
+    before = {number: signal.signal(number, wait) for number in _LINES}
     try:
         yield
     except SystemExit:  # while Ray starts, it meets SIGTERM with a handler of its own
@@ -45,8 +50,12 @@ def postponed() -> Iterator[None]:
             signal.raise_signal(waiting[0])
 
 
-def _interrupt(number: int, _: FrameType | None) -> None:
-    if not _received:
+def _limit_grace() -> None:
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
         signal.alarm(GRACE)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    _limit_grace()
     _received.append(number)
     raise KeyboardInterrupt  # Ray's waits let no other exception of a handler through

@@ -79,8 +79,13 @@ class Folder:
             if self.path is not None:
                 _replace(self.path / name, content)
             else:
-                with self._files.open_output_stream(self._at(name)) as file:
-                    file.write(content)
+                # In a thread, which no KeyboardInterrupt reaches: raised here, between the stream's opening and its end,
+                # it would close it, and what was written so far take the object's place.
+                _all(lambda place: self._put_object(place, content), [self._at(name)])
+
+    def _put_object(self, place: str, content: bytes) -> None:
+        with self._files.open_output_stream(place) as file:
+            file.write(content)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files. Raises FileNotFoundError for one that is not there."""
@@ -124,7 +129,9 @@ class Folder:
         self.clear(name)
         with _writing(self.locate(name)):
             if self.path is not None:
+                _all(_flush, [str(source), *map(str, source.rglob("*"))])
                 os.rename(source, self.path / name)
+                _flush(str((self.path / name).parent))
                 return
             files = [str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
             self.add(source, [file for file in files if file != last], name)
@@ -264,11 +271,19 @@ def _replace(path: Path, content: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave a file that has its name and not its content
+        _flush(str(temporary))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: str) -> None:
+    """Have the disk hold a file or directory: a power failure could leave one that has its name and not its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _copy(source: str, target: str, source_files: fs.FileSystem, target_files: fs.FileSystem) -> None:

@@ -16,6 +16,9 @@ class ScalingConfig:
     """Seconds: workers are added while what waits would take those present longer, at the measured rate."""
     shrink_after: float = changeable(120.0)
     """Seconds without work after which a worker is ended, down to `workers`."""
+    start_within: float = changeable(1800.0)
+    """Seconds in which a worker that Ray has placed must be ready, or have loaded another checkpoint: it may have to copy
+    it and to compile. One that is not is taken for hung and replaced."""
     hang_after: float = changeable(600.0)
     """Seconds in which a worker with work does nothing, or does not answer at all, before it is taken for hung and
     replaced."""
@@ -25,7 +28,7 @@ class ScalingConfig:
     """Seconds after which a request in flight goes to a second worker, too, and the first answer counts; 0: never."""
 
     def __post_init__(self) -> None:
-        for key in ("grow_after", "shrink_after", "hang_after"):
+        for key in ("grow_after", "shrink_after", "start_within", "hang_after"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
         if self.max_kills < 2:
@@ -38,7 +41,7 @@ class ScalingConfig:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a pool sees of itself. `rate` is requests finished per second and ready worker, None before one is known."""
+    """What a pool sees of itself. `rate` is requests finished per second and busy worker, None before one is known."""
 
     waiting: float
     ready: int

@@ -36,7 +36,7 @@ Rows = Iterable[Mapping[str, Any]]
 
 
 class ShardWriter:
-    """Collects rows and writes them as Parquet shards of at most 4,096 rows. `close` writes the last one.
+    """Collects rows, and with `flush` and `close` writes them as Parquet shards of at most 4,096 rows.
 
     `files` are the shards so far, named relative to the run.
     """
@@ -50,30 +50,29 @@ class ShardWriter:
         run.remove(left for left in run.sizes(name) if left not in files)
 
     def extend(self, rows: Rows) -> None:
-        for row in rows:
-            self._waiting.append(row)
-            self.rows += 1
-            if len(self._waiting) == _SHARD_ROWS:
-                self.flush()
+        before = len(self._waiting)
+        self._waiting += rows
+        self.rows += len(self._waiting) - before
 
     def flush(self) -> None:
-        """Write the rows that wait as a shard, if any do."""
-        if self._waiting:
-            self._write()
+        """Write the rows that wait, if any do."""
+        while self._waiting:
+            self._write(self._waiting[:_SHARD_ROWS])
+            del self._waiting[:_SHARD_ROWS]
 
     def close(self) -> None:
         """Write what waits; an empty shard where there was never a row, so that the data set has its schema."""
-        if self._waiting or not self.files:
-            self._write()
+        self.flush()
+        if not self.files:
+            self._write([])
 
-    def _write(self) -> None:
+    def _write(self, rows: list[Mapping[str, Any]]) -> None:
         name = f"{self._name}/part-{len(self.files):05d}.parquet"
         buffer = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema), buffer)
+        pq.write_table(pa.Table.from_pylist(rows, schema=self._schema), buffer)
         content = buffer.getvalue().to_pybytes()
         self._run.write(name, content)
-        self.files[name] = {**record_of(content), "rows": len(self._waiting)}
-        self._waiting = []
+        self.files[name] = {**record_of(content), "rows": len(rows)}
 
 
 class Progress(TypedDict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from actors import client
 from actors.client import CoordinatorClient
 from launch.session import ray_session
 from sapo_ray.config import RunConfig
@@ -73,9 +75,9 @@ def model(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
 def sample(config: RunConfig, model: str, store: RunDirectory, reporter: Disturbance) -> dict[str, Any]:
     """One driver's attempt at round 1's samples and labels: the stage's notes, and every row that is stored."""
     store.create()
-    with CoordinatorClient(config, store.location, reporter) as client:
-        client.use(reasoner=model, verifier=model)
-        notes = client.call("sample_and_label", 1)
+    with CoordinatorClient(config, store.location, reporter) as coordinator:
+        coordinator.use(reasoner=model, verifier=model)
+        notes = coordinator.call("sample_and_label", 1)
     kept = {key: value for key, value in notes.items() if key not in ("seconds", "files")}
     return {"notes": kept, **{kind: list(store.read(1, kind)) for kind in KINDS}}
 
@@ -112,9 +114,42 @@ def test_a_coordinator_that_cannot_start_says_why_at_once(config: RunConfig) -> 
 
     with (
         pytest.raises(SapoError, match=r"^sample_and_label: the coordinator cannot start: .*nowhere://run"),
-        CoordinatorClient(config, "nowhere://run", Silent(0, lambda: None)) as client,
+        CoordinatorClient(config, "nowhere://run", Silent(0, lambda: None)) as coordinator,
     ):
-        client.call("sample_and_label", 1)
+        coordinator.call("sample_and_label", 1)
+
+
+class Mute:
+    """A coordinator whose process lives and answers nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    async def enter(self, stage: str) -> None: ...
+
+    async def progress(self) -> None:
+        await asyncio.Event().wait()
+
+    async def evaluate(self, stage: str) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_coordinator_that_does_not_answer_is_started_again_and_at_last_given_up(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "Coordinator", Mute)
+    monkeypatch.setattr(client, "HUNG_AFTER", 0.5)
+    warnings = list[str]()
+
+    class Listening(Disturbance):
+        def warn(self, sign: str) -> None:
+            warnings.append(sign)
+
+    with (
+        pytest.raises(SapoError, match=r"^evaluate: the coordinator died 3 times: hung: no answer for 0.5 s$"),
+        CoordinatorClient(config, str(tmp_path), Listening(0, lambda: None)) as coordinator,
+    ):
+        coordinator.call("evaluate", "evaluate-0")
+    assert warnings == ["evaluate: the coordinator died (hung: no answer for 0.5 s) and is started again"] * 2
 
 
 @pytest.mark.slow

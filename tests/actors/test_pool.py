@@ -495,12 +495,12 @@ def test_a_worker_that_hangs_over_a_checkpoint_is_replaced_by_one_that_starts_wi
         assert (pool.stats().counts["dead"], pool.stats().counts["hung"]) == (1, 1)
         assert any("hung: no answer for 2 s" in event for event in pool.events())
 
-    run(test, scaling=ScalingConfig(hang_after=2))
+    run(test, scaling=ScalingConfig(start_within=2))
 
 
 def test_workers_that_never_start_end_the_pool_with_that_cause() -> None:
     async def main() -> None:
-        pool = make_pool(scaling=ScalingConfig(hang_after=2))
+        pool = make_pool(scaling=ScalingConfig(start_within=2))
         with pytest.raises(WorkerError, match="start failed: hung: no answer for 2 s"):
             await asyncio.wait_for(pool.load("endless"), 90)
 

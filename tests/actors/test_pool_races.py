@@ -6,16 +6,16 @@ Ray is not started. A pool's actors are objects in this process, behind what `ra
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from types import SimpleNamespace
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
 
-from actors.pool import ElasticPool, WorkerError
-from actors.worker import Place
+from actors.pool import SET_ASIDE_IN_A_ROW, ElasticPool, QuarantinedError, WorkerError
+from actors.worker import EngineDeadError, Place
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, ScalingConfig
 
@@ -33,8 +33,8 @@ async def turns(count: int) -> None:
 class Worker:
     """Answers with its checkpoint. The first request of a call may have it raise; the others then wait for ever."""
 
-    def __init__(self, checkpoint: str, fault: Exception | None = None) -> None:
-        self.checkpoint, self.fault = checkpoint, fault
+    def __init__(self, checkpoint: str, fault: Exception | None = None, no_start: Exception | None = None) -> None:
+        self.checkpoint, self.fault, self.no_start = checkpoint, fault, no_start
         self.awake = True
 
     async def enter(self, run: str, stage: str) -> None: ...
@@ -44,6 +44,8 @@ class Worker:
 
     async def ready(self) -> None:
         await turns(3)
+        if self.no_start:
+            raise self.no_start
 
     async def load(self, checkpoint: str) -> None:
         await turns(3)
@@ -94,15 +96,23 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    test: Callable[[TestPool, list[Handle]], Awaitable[None]], *faults: Exception, sleeps: bool = False, **sizes: int
+    test: Callable[[TestPool, list[Handle]], Awaitable[None]],
+    *faults: Exception,
+    no_start: Mapping[int, Exception] = MappingProxyType({}),
+    sleeps: bool = False,
+    **sizes: int,
 ) -> None:
-    """Run `test` with a started pool, whose first workers have these faults, and the handles of all its workers."""
+    """Run `test` with a started pool, whose first workers have these faults, and the handles of all its workers.
+
+    `no_start`: why a worker, by its number, cannot start.
+    """
 
     async def main() -> None:
         handles, left = list[Handle](), list(faults)
 
         def make(checkpoint: str) -> Handle:
-            handles.append(Handle(Worker(checkpoint, left.pop(0) if left else None)))
+            fault = left.pop(0) if left else None
+            handles.append(Handle(Worker(checkpoint, fault, no_start.get(len(handles)))))
             return handles[-1]
 
         config, scaling = PoolConfig(cpus_per_worker=0, **sizes), ScalingConfig(max_kills=2)
@@ -237,3 +247,48 @@ def test_what_is_to_come_holds_no_worker_while_others_idle() -> None:
         assert [handle.killed.is_set() for handle in handles] == [False, True]
 
     run(test, max_workers=8)
+
+
+NO_DISK = OSError("no disk")
+
+
+def test_a_worker_too_many_that_cannot_start_ends_nothing_and_is_not_asked_for_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        monkeypatch.setattr("actors.pool.growth", lambda *_: Growth(1, "test"))
+        pool._scale()
+        await turns(len(TURNS))
+        pool._scale()
+        await turns(len(TURNS))
+        assert [handle.killed.is_set() for handle in handles] == [False, True]
+        assert await submit(pool, "0") == ["first"]
+
+    run(test, no_start={1: NO_DISK}, max_workers=8)
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_a_worker_that_is_needed_may_fail_to_start_twice(bad: int) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        pool._lose(pool._workers[0], RayActorError())
+        await turns(4 * len(TURNS))
+        assert len(handles) == 2 + bad + (bad < 3)
+        if bad < 3:
+            assert (await submit(pool, "0", "1"), pool.stats().ready) == (["first", "first"], 2)
+        else:
+            with pytest.raises(WorkerError, match=r"^test worker 4: start failed: OSError: no disk$"):
+                await submit(pool, "0")
+
+    run(test, no_start=dict.fromkeys(range(2, 2 + bad), NO_DISK), workers=2)
+
+
+def test_a_pool_whose_workers_die_over_whatever_they_are_asked_gives_up() -> None:
+    async def test(pool: TestPool, _: list[Handle]) -> None:
+        asked = [pool.submit(SimpleNamespace(id="0")) for _ in range(20)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(error) for error in found].count(QuarantinedError) == SET_ASIDE_IN_A_ROW
+        broken = {str(error) for error in found if not isinstance(error, QuarantinedError)}
+        assert len(broken) == 1
+        assert broken.pop().startswith("test pool: 8 requests in a row killed their workers: request 0 is set aside: ")
+
+    run(test, *[EngineDeadError("the device failed")] * 60, batch_size=1, in_flight=1)

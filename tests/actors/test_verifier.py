@@ -10,8 +10,10 @@ import ray
 import torch
 from transformers import AutoModelForTokenClassification
 
+from actors import verifier
 from actors.pool import WorkerError
-from actors.verifier import verifier_pool
+from actors.verifier import VerifierWorker, verifier_pool
+from actors.worker import EngineDeadError
 from sapo_ray.encoding import Encoded
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import ScoreRequest, VerifierConfig
@@ -46,6 +48,19 @@ def save_verifier(reasoner: str, seed: int, path: Path) -> str:
     torch.nn.init.normal_(model.score.weight)
     model.save_pretrained(path)
     return str(path)
+
+
+def test_a_device_that_fails_ends_the_worker_and_not_the_run(
+    reasoner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    worker = VerifierWorker(CONFIG, save_verifier(reasoner, 0, tmp_path / "0"))
+    worker.ready()
+    monkeypatch.setattr(verifier, "score", fail)
+    with pytest.raises(EngineDeadError, match=r"^the device failed: .*illegal memory access"):
+        worker.score([ScoreRequest("t", TRAJECTORIES[0])])
 
 
 def test_a_pool_of_verifiers_scores_as_one_model_does_before_and_after_a_reload(reasoner: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,28 @@ def test_with_null_engines_a_run_that_was_killed_everywhere_is_the_undisturbed_o
     assert again.end() == 0, "".join(again.lines)
     assert_nothing_is_lost(again.store, undisturbed)
     assert rows(again.store) == rows(undisturbed)
+
+
+@pytest.mark.slow
+def test_with_null_engines_a_kill_in_every_stage_changes_no_byte(undisturbed: RunDirectory, tmp_path: Path) -> None:
+    """Of a training worker where the stage trains, of the coordinator where it works; once, of the driver."""
+    run, killed = Running(tmp_path / "run", *NULL), list[str]()
+    for before, stage in pairwise(undisturbed.stages()):
+        work = stage.rpartition("/")[2]
+        victim = {"original": None, "warnings": None, "align": DRIVER, "sft": TRAINER, "prm": TRAINER}.get(work, COORDINATOR)
+        if victim is None:
+            continue
+        run.wait_for_stage(before)
+        time.sleep(0.5)
+        run.kill_soon(victim)
+        killed.append(work)
+        if victim == DRIVER:
+            run.end()
+            run = Running(tmp_path / "run", *NULL)
+    assert run.end() == 0, "".join(run.lines)
+    assert {"sft", "sample", "prm", "calibrate", "self-verification", "pairs", "align", "evaluate"} <= set(killed)
+    assert_nothing_is_lost(run.store, undisturbed)
+    assert rows(run.store) == rows(undisturbed)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from ray.util import get_node_ip_address
 from cluster.local.autoscaling import MARK, OBJECT_STORE, clean_up, processes_of
 from sapo_ray.store import RunDirectory
 from sapo_ray.training import RESULT_FILE
-from tests.launch.runs import NULL, Running, assert_nothing_is_lost, rows
+from tests.launch.runs import DRIVER, NULL, Running, assert_nothing_is_lost, rows
 
 CONFIG = (
     *NULL,
@@ -189,4 +190,20 @@ def test_a_node_is_killed_within_a_training_which_goes_on_when_another_one_comes
     nodes.add_second()
     assert run.end() == 0, "".join(run.lines)
     assert results(run.store)["verifier-0"]["resumed_from"] > 0
+    assert_is(run.store, on_one_node)
+
+
+@pytest.mark.parametrize("nodes", [2], indirect=True)
+def test_a_driver_is_killed_on_a_cluster_that_lives_on(
+    nodes: Nodes, on_one_node: RunDirectory, tmp_path: Path
+) -> None:
+    """What it has left there, a coordinator at work and then a training group, writes nothing beside its successor."""
+    run = Running(tmp_path / "run", *CONFIG, environment=nodes.variables)
+    for stage in ("round-0/validation", "round-0/sample"):
+        run.wait_for_stage(stage)
+        time.sleep(1)
+        run.kill(DRIVER)
+        assert run.end() == -signal.SIGKILL, "".join(run.lines)
+        run = Running(tmp_path / "run", *CONFIG, environment=nodes.variables)
+    assert run.end() == 0, "".join(run.lines)
     assert_is(run.store, on_one_node)

@@ -89,6 +89,18 @@ except KeyboardInterrupt:
     assert outcome(source) == (-signal.SIGALRM, ["hangs"])
 
 
+def test_a_process_that_hangs_while_a_signal_is_postponed_is_ended_as_soon() -> None:
+    source = """
+signals.GRACE = 1
+with signals.postponed():
+    send("SIGTERM")
+    print("hangs", flush=True)
+    while True:
+        time.sleep(600)
+"""
+    assert outcome(source) == (-signal.SIGALRM, ["hangs"])
+
+
 class Command:
     """A `sapo` process, started as nohup in a script starts it: SIGINT ignored. All it starts carries a mark."""
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from pyarrow import fs
 from safetensors.torch import save_file
 
 from sapo_ray.errors import SapoError
@@ -177,6 +181,31 @@ def test_a_full_disk_is_named_whatever_library_meets_it(disk: Disk) -> None:
 def test_an_error_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such layer"), Folder(tmp_path).staging("model"):
         raise ValueError("no such layer")
+
+
+def test_ctrl_c_while_an_object_is_written_leaves_the_old_one_or_the_new_one(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when the object's stream is open and nothing is in it yet."""
+    folder = Folder(s3.format("interrupted"))
+    folder.write("a", "old")
+    opened = fs.FileSystem.open_output_stream
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(files, name)
+
+        def open_output_stream(self, place: str) -> pa.NativeFile:
+            stream = opened(files, place)
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.3)
+            return stream
+
+    files = folder._files
+    monkeypatch.setattr(folder, "_files", Slow())
+    with pytest.raises(KeyboardInterrupt):
+        folder.write("a", "a text that is longer")
+    assert Folder(folder.location).read("a") in (b"old", b"a text that is longer")
 
 
 def test_an_object_that_is_replaced_before_it_is_read_comes_whole(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sapo_ray import shards
 from sapo_ray.data import Rollout, Trajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
@@ -51,6 +53,20 @@ class DyingFolder(Folder):
         super().write(name, data)
         if self._left < 0:
             raise KilledError
+
+
+class FailingFolder(Folder):
+    """A folder whose store is away for one write, the `writes`-th from now."""
+
+    def __init__(self, path: Path, writes: int) -> None:
+        super().__init__(path)
+        self._left = writes
+
+    def write(self, name: str, data: bytes | str) -> None:
+        self._left -= 1
+        if self._left == -1:
+            raise SapoError(f"{name} cannot be written: the store is away")
+        super().write(name, data)
 
 
 def rows(number: int, item: Item) -> dict[Kind, list[dict[str, Any]]]:
@@ -126,6 +142,23 @@ def test_a_stage_that_is_stopped_keeps_every_item_it_has_done(items: list[Item],
             assert list(read_rows(Path(home, "stopped", "round-1", kind))) == list(
                 read_rows(Path(home, "undisturbed", "round-1", kind))
             )
+
+
+@pytest.mark.parametrize("writes", range(12))
+def test_a_store_that_is_away_for_a_moment_leaves_no_part_of_an_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """Shards end in the middle of items here."""
+    monkeypatch.setattr(shards, "_SHARD_ROWS", 2)
+    items = [(3, 2), (1, 0), (3, 3)]
+    expected = asyncio.run(work(Folder(tmp_path / "undisturbed"), items, 2))
+    with suppress(SapoError):
+        asyncio.run(work(FailingFolder(tmp_path / "stopped", writes), items, 2))
+    notes = asyncio.run(work(Folder(tmp_path / "stopped"), items, 2))
+    assert {**notes, "files": None} == {**expected, "files": None}
+    for kind in KINDS:
+        one, other = (list(read_rows(tmp_path / name / "round-1" / kind)) for name in ("stopped", "undisturbed"))
+        assert one == other
 
 
 def test_a_stage_goes_on_in_an_object_store(s3: str) -> None:

@@ -159,7 +159,9 @@ def test_rows_are_written_in_shards_and_read_in_their_order(run: RunDirectory, c
 def test_a_stage_that_broke_off_is_not_done_and_starts_anew(run: RunDirectory) -> None:
     rows = [trajectory_row(replace(TRAJECTORY, id=str(i))) for i in range(5000)]
     writer = run.writer(1, "trajectories")
-    writer.extend(rows)  # and never closed: the process died
+    writer.extend(rows[:4096])
+    writer.flush()
+    writer.extend(rows[4096:])  # and never closed: the process died
     (Path(run.dataset(1, "trajectories")) / "part-00001.parquet.0.tmp").write_bytes(b"half a shard")
     assert run.done("round-1/sample") is None
     assert len(list(run.read(1, "trajectories"))) == 4096
