@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer
 
 from actors import logs
+from actors.errors import QuarantinedError
 from actors.executor import executor_pool
 from actors.null import null_reasoner_pool, null_verifier_pool
-from actors.pool import ElasticPool, QuarantinedError
+from actors.pool import ElasticPool
 from actors.reasoner import reasoner_pool
 from actors.telemetry import PUBLISH_SECONDS, Telemetry
 from actors.verifier import verifier_pool

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from actors.errors import EngineDeadError
 from actors.logs import answering
 from actors.pool import ElasticPool
-from actors.worker import EngineDeadError, PoolWorker, actor_class
+from actors.worker import PoolWorker, actor_class
 from sapo_ray.errors import told
 from sapo_ray.requests import ExecuteRequest, ExecutorConfig, cpu_threads, thread_environment
 from sapo_ray.sandbox import Sandbox, SandboxConfig, SandboxError, Verdict

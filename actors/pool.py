@@ -24,14 +24,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 
+from actors.errors import AnswerLostError, EngineDeadError, HungError, QuarantinedError, WorkerError
 from actors.logs import about
-from actors.worker import EngineDeadError, Place, log_tail
-from sapo_ray.errors import SapoError, one_line, told
+from actors.worker import Place, log_tail
+from sapo_ray.errors import one_line, told
 from sapo_ray.requests import PoolConfig
-from sapo_ray.scaling import Growth, Load, ScalingConfig, growth, tried_together
+from sapo_ray.scaling import Growth, Load, Meter, ScalingConfig, growth, tried_together
 
-RATE_WINDOW = 60.0
-"""Seconds over which the rate of a pool is taken."""
 FAILED_STARTS = 3
 """Workers that may fail one after the other while they start, before the pool gives up."""
 SET_ASIDE_IN_A_ROW = 8
@@ -51,26 +50,6 @@ class HasId(Protocol):
 
 Request = TypeVar("Request", bound=HasId)
 Result = TypeVar("Result")
-
-
-class WorkerError(SapoError):
-    """A worker could not do what it was asked. One line: the pool, the worker, what it did, and the cause."""
-
-
-class HungError(EngineDeadError):
-    """A worker gives no sign of life."""
-
-
-class AnswerLostError(EngineDeadError):
-    """A worker's answer went away with the node that it lay on."""
-
-
-class QuarantinedError(SapoError):
-    """A request that is not tried again, because workers died over it."""
-
-    def __init__(self, request_id: str, kills: int, cause: str, log_tail: str) -> None:
-        super().__init__(f"request {request_id} is set aside: {kills} workers died over it; the last: {cause}")
-        self.request_id, self.cause, self.log_tail = request_id, cause, log_tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,28 +93,6 @@ class _Waiting(Generic[Request, Result]):
     holders: list[_Worker] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Meter:
-    """Requests done and seconds that workers were busy, in all and within the last `RATE_WINDOW` seconds."""
-
-    done: int = 0
-    busy: float = 0.0
-    seen: float = field(default_factory=time.monotonic)
-    recent: deque[tuple[float, int, float]] = field(default_factory=lambda: deque([(time.monotonic(), 0, 0.0)]))
-
-    def tick(self, busy_workers: int) -> None:
-        now = time.monotonic()
-        self.busy += busy_workers * (now - self.seen)
-        self.seen = now
-        self.recent.append((now, self.done, self.busy))
-        while self.recent[0][0] < now - RATE_WINDOW:
-            self.recent.popleft()
-
-    def rate(self) -> float | None:
-        (_, first_done, first_busy), (_, done, busy) = self.recent[0], self.recent[-1]
-        return (done - first_done) / (busy - first_busy) if busy > first_busy and done > first_done else None
-
-
 class ElasticPool(Generic[Request, Result]):
     """`workers` to `max_workers` actors, PoolWorkers with `ready()`, `load(checkpoint)` and a batch method: requests ->
     results.
@@ -176,7 +133,7 @@ class ElasticPool(Generic[Request, Result]):
         self._broken: WorkerError | None = None
         self._failed_starts = self._set_aside_in_a_row = 0
         self._was_up, self._rest_until = False, 0.0
-        self._meter, self._counts = _Meter(), Counter[str]()
+        self._meter, self._counts = Meter(), Counter[str]()
         self._events: list[str] = []
         self._run = self._stage = "-"
         self._woken = self._paused = False

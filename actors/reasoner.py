@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.child_log import ChildLog
+from actors.errors import EngineDeadError
 from actors.logs import about, answering
 from actors.pool import ElasticPool
 from actors.vllm_extension import WeightReload
-from actors.worker import EngineDeadError, PoolWorker, actor_class
+from actors.worker import PoolWorker, actor_class
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling, thread_environment

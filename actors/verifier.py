@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from actors.errors import EngineDeadError
 from actors.logs import answering
 from actors.pool import ElasticPool
-from actors.worker import EngineDeadError, PoolWorker, actor_class
+from actors.worker import PoolWorker, actor_class
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import told
 from sapo_ray.requests import ScoreRequest, VerifierConfig, cpu_threads, thread_environment

@@ -14,17 +14,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs
-from sapo_ray.errors import SapoError
 from sapo_ray.requests import PoolConfig
 
 TAIL_LINES = 20
 TAIL_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
-
-
-class EngineDeadError(SapoError):
-    """What a worker raises when its engine is beyond use: the pool replaces the worker and asks others."""
 
 
 @dataclass(frozen=True, slots=True)

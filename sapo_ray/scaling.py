@@ -1,13 +1,18 @@
-"""Decisions of a pool: how many workers it should have, and which suspects may be tried together."""
+"""Decisions of a pool: how many workers it should have, by the rate at which they work, and which suspects go together."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 from sapo_ray.config_loader import changeable
+
+RATE_WINDOW = 60.0
+"""Seconds over which the rate of a pool is taken."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +52,28 @@ class Load:
     ready: int
     starting: int
     rate: float | None
+
+
+@dataclass(slots=True)
+class Meter:
+    """Requests done and seconds that workers were busy, in all and within the last `RATE_WINDOW` seconds."""
+
+    done: int = 0
+    busy: float = 0.0
+    seen: float = field(default_factory=time.monotonic)
+    recent: deque[tuple[float, int, float]] = field(default_factory=lambda: deque([(time.monotonic(), 0, 0.0)]))
+
+    def tick(self, busy_workers: int) -> None:
+        now = time.monotonic()
+        self.busy += busy_workers * (now - self.seen)
+        self.seen = now
+        self.recent.append((now, self.done, self.busy))
+        while self.recent[0][0] < now - RATE_WINDOW:
+            self.recent.popleft()
+
+    def rate(self) -> float | None:
+        (_, first_done, first_busy), (_, done, busy) = self.recent[0], self.recent[-1]
+        return (done - first_done) / (busy - first_busy) if busy > first_busy and done > first_done else None
 
 
 @dataclass(frozen=True, slots=True)

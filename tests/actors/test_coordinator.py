@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from actors.coordinator import Coordinator
 from actors.engines import Engines, spend
-from actors.pool import QuarantinedError
+from actors.errors import QuarantinedError
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.cost import Cost

@@ -13,8 +13,9 @@ import pytest
 import ray
 
 from actors.engines import Engines
+from actors.errors import WorkerError
 from actors.executor import executor_pool
-from actors.pool import ElasticPool, WorkerError
+from actors.pool import ElasticPool
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
 from sapo_ray.data import Question

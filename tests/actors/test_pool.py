@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import ray
 
-from actors.pool import ElasticPool, PoolStats, QuarantinedError, WorkerError
-from actors.worker import EngineDeadError, PoolWorker, actor_class
+from actors.errors import EngineDeadError, QuarantinedError, WorkerError
+from actors.pool import ElasticPool, PoolStats
+from actors.worker import PoolWorker, actor_class
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import ScalingConfig
 

@@ -14,8 +14,9 @@ import pytest
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
 
-from actors.pool import SET_ASIDE_IN_A_ROW, ElasticPool, QuarantinedError, WorkerError
-from actors.worker import EngineDeadError, Place
+from actors.errors import EngineDeadError, QuarantinedError, WorkerError
+from actors.pool import SET_ASIDE_IN_A_ROW, ElasticPool
+from actors.worker import Place
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, ScalingConfig
 

@@ -15,7 +15,8 @@ import torch
 from ray.exceptions import RayTaskError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.pool import ElasticPool, WorkerError
+from actors.errors import WorkerError
+from actors.pool import ElasticPool
 from actors.reasoner import reasoner_pool
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import Completion, EngineConfig, GenerateRequest, Sampling

@@ -14,7 +14,8 @@ import ray
 from ray.util.metrics import Counter
 
 from actors.engines import Engines, spend
-from actors.pool import ElasticPool, QuarantinedError
+from actors.errors import QuarantinedError
+from actors.pool import ElasticPool
 from actors.telemetry import METRICS, Telemetry
 from actors.worker import PoolWorker, actor_class
 from sapo_ray.config import RunConfig

@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 from actors import verifier
-from actors.pool import WorkerError
+from actors.errors import EngineDeadError, WorkerError
 from actors.verifier import VerifierWorker, verifier_pool
-from actors.worker import EngineDeadError
 from sapo_ray.encoding import Encoded
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import ScoreRequest, VerifierConfig
