@@ -99,7 +99,8 @@ class ElasticPool(Generic[Request, Result]):
 
     An exception in the list fails its request alone; what a call raises fails all requests of that call, with a
     WorkerError that names the cause. Where the least number of workers cannot start, or workers die over whatever they
-    are asked, the pool breaks: everything that waits fails with the reason. Lives in one asyncio loop. `upcoming` is what its users expect to submit yet.
+    are asked, the pool breaks: everything that waits fails with the reason. Lives in one asyncio loop. `upcoming` is
+    what its users expect to submit yet.
     """
 
     def __init__(
@@ -510,8 +511,8 @@ class ElasticPool(Generic[Request, Result]):
         error = QuarantinedError(waiting.request.id, waiting.kills, cause, tail)
         self._say(str(error), waiting)
         self._fail([waiting], error)
-        if self._set_aside_in_a_row >= SET_ASIDE_IN_A_ROW:
-            self._break(WorkerError(f"{self.name} pool: {self._set_aside_in_a_row} requests in a row killed their workers: {error}"))
+        if (count := self._set_aside_in_a_row) >= SET_ASIDE_IN_A_ROW:
+            self._break(WorkerError(f"{self.name} pool: {count} requests in a row killed their workers: {error}"))
 
     def _deliver(
         self, worker: _Worker, batch: list[_Waiting[Request, Result]], results: Sequence[Result | Exception]

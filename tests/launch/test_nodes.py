@@ -194,9 +194,7 @@ def test_a_node_is_killed_within_a_training_which_goes_on_when_another_one_comes
 
 
 @pytest.mark.parametrize("nodes", [2], indirect=True)
-def test_a_driver_is_killed_on_a_cluster_that_lives_on(
-    nodes: Nodes, on_one_node: RunDirectory, tmp_path: Path
-) -> None:
+def test_a_driver_is_killed_on_a_cluster_that_lives_on(nodes: Nodes, on_one_node: RunDirectory, tmp_path: Path) -> None:
     """What it has left there, a coordinator at work and then a training group, writes nothing beside its successor."""
     run = Running(tmp_path / "run", *CONFIG, environment=nodes.variables)
     for stage in ("round-0/validation", "round-0/sample"):
