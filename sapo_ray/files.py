@@ -79,8 +79,8 @@ class Folder:
             if self.path is not None:
                 _replace(self.path / name, content)
             else:
-                # In a thread, which no KeyboardInterrupt reaches: it would close the stream before its end, and what was
-                # written so far would take the object's place.
+                # In a thread, which no KeyboardInterrupt reaches: it would close the stream before its end, and what is
+                # written by then would take the object's place.
                 _all(lambda place: self._put_object(place, content), [self._at(name)])
 
     def _put_object(self, place: str, content: bytes) -> None:
