@@ -100,7 +100,7 @@ def test_with_null_engines_a_kill_in_every_stage_changes_no_byte(undisturbed: Ru
             continue
         run.wait_for_stage(before)
         time.sleep(0.5)
-        run.kill_soon(victim)
+        run.kill_soon(victim, 60)
         killed.append(work)
         if victim == DRIVER:
             run.end()
