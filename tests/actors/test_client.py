@@ -133,6 +133,7 @@ class Mute:
         await asyncio.Event().wait()
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer_is_started_again_and_at_last_given_up(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
