@@ -59,7 +59,8 @@ def config_docs() -> str:
     parts, tables = [_INTRODUCTION], dict[str, list[str]]()
     for (section, kind), keys in _grouped().items():
         rows = [_row(key) for key in keys]
-        base = next((name for name, earlier in tables.items() if set(earlier) <= set(rows)), None)
+        bases = [name for name, earlier in tables.items() if set(earlier) <= set(rows)]
+        base = max(bases, key=lambda name: len(tables[name]), default=None)
         heading = f"{section}, kind {kind}" if kind else section
         tables[heading] = rows
         parts += [f"## {heading}", meanings[section, kind]] if section else ["## The run"]

@@ -75,7 +75,8 @@ def processbench(
     \b
     Example:
       sapo processbench configs/gsm8k/qwen2.5-coder-0.5b-cpu.yaml \\
-        --verifier runs/gsm8k-qwen2.5-coder-0.5b/checkpoints/verifier-1 --tune data/processbench/gsm8k.json --test data/processbench/math.json
+        --verifier runs/gsm8k-qwen2.5-coder-0.5b/checkpoints/verifier-1 \\
+        --tune data/processbench/gsm8k.json --test data/processbench/math.json
     """
     if (tune is None) == (threshold is None):
         raise SapoError("name --tune or --threshold, one of the two")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,19 +34,39 @@ def test_adapters_of_quantized_weights_need_gpus() -> None:
     assert config.sft.lora is None
 
 
+def local_files(path: Path, data: Path) -> list[str]:
+    """The overrides that a config's comment gives for files under /data, which are under `data`."""
+    comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    found = re.findall(r"'(task\.[^']+)'|\b(task\.\S+)", comment)
+    return [(quoted or bare).replace("=/data/", f"={data}/") for quoted, bare in found]
+
+
 @pytest.mark.parametrize(
-    ("name", "files", "sizes"),
+    ("name", "sizes"),
     [
-        (
-            "gsm8k",
-            ["train_data.path={}/gsm8k/train.jsonl", "test_data.path={}/gsm8k/test.jsonl"],
-            (96, 1000, 60, 1319),
-        ),
-        ("svamp", ["train_data.path={}/svamp/SVAMP.json", "test_data=null", "test=300"], (96, 544, 60, 300)),
+        ("gsm8k", (96, 1000, 60, 1319)),
+        ("svamp", (96, 504, 100, 300)),
+        ("mbpp", (96, 228, 50, 500)),
     ],
 )
-def test_local_files_stand_in_for_the_hub(data: Path, name: str, files: list[str], sizes: tuple[int, ...]) -> None:
+def test_local_files_stand_in_for_the_hub(data: Path, name: str, sizes: tuple[int, ...]) -> None:
     """By the overrides that the comments of those configs give."""
-    config = load_config(RunConfig, CONFIGS / name / "qwen2.5-coder-0.5b-cpu.yaml", [f"task.{file.format(data)}" for file in files])
+    path = CONFIGS / name / "qwen2.5-coder-0.5b-cpu.yaml"
+    config = load_config(RunConfig, path, local_files(path, data))
     task = make_task(config.task)
     assert tuple(len(task.questions(split)) for split in SPLITS) == (*sizes, 0)
+
+
+def test_humaneval_stands_beside_mbpp(data: Path) -> None:
+    """All of it: its questions are other ones, and its tests have another form."""
+    files = local_files(CONFIGS / "mbpp" / "qwen2.5-coder-0.5b-cpu.yaml", data)
+    humaneval = f"task.ood_data.path={data}/humaneval/HumanEval.jsonl.gz"
+    config = load_config(RunConfig, CONFIGS / "mbpp" / "gemma-2-2b.yaml", [*files, humaneval])
+    task = make_task(config.task)
+    assert [len(task.questions(split)) for split in SPLITS] == [160, 160, 54, 500, 164]
+    assert (config.evaluation.ood, task.remarks()) == (0, [])
+    question = task.questions("ood")[0]
+    program = task.program("    return False\n", question.answer)
+    assert program is not None
+    assert list(program.names) == ["has_close_elements"]
+    assert program.solution.startswith(question.text.rstrip())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from sapo_ray.errors import SapoError
@@ -18,14 +18,23 @@ _BLOCK = re.compile(r"(?ms)^[^\S\n]*```[\w+-]*[^\S\n]*\n(.*?)(?:^[^\S\n]*```|\Z)
 
 
 @dataclass(kw_only=True)
+class CodeSource(SourceConfig):
+    """One data set of such questions, and what is read of its records."""
+
+    tests: Literal["column", "mbpp", "humaneval"] = "column"
+    """Where a record's tests are. `column`: in the column that `answer` names, a list of statements or a text; they may
+    use whatever the program defines. `mbpp`, `humaneval`: where these data sets have them, and `answer` is not used."""
+
+
+@dataclass(kw_only=True)
 class CodeConfig(DataConfig):
     """Questions that ask for a program, which `sandbox` runs with the tests of the data set."""
 
     kind: Literal["code"] = "code"
     """Questions that ask for a Python program, which is judged by running tests."""
-    tests: Literal["column", "mbpp", "humaneval"] = "column"
-    """Where a record's tests are. `column`: in the column that `answer` names, a list of statements or a text; they may
-    use whatever the program defines. `mbpp`, `humaneval`: where these data sets have them, and `answer` is not used."""
+    train_data: CodeSource = field(default_factory=CodeSource)
+    test_data: CodeSource | None = None
+    ood_data: CodeSource | None = None
     steps: StepUnit = "statement"
     """What a step of a solution is: a statement of Python, a line, a paragraph, or a sentence."""
 
@@ -39,9 +48,10 @@ class Code(DataTask):
         return {}
 
     def gold(self, source: SourceConfig, record: Record) -> str:
+        assert isinstance(source, CodeSource)
         before = ""
         try:
-            match self.config.tests:
+            match source.tests:
                 case "mbpp":
                     program = mbpp_program(record, "")
                 case "humaneval":
@@ -49,7 +59,7 @@ class Code(DataTask):
                 case "column":
                     program = asserts_program(_tests(source, record), "")
         except KeyError as error:
-            raise SapoError(f"there is no {error}, which records of {self.config.tests} have") from error
+            raise SapoError(f"there is no {error}, which records of {source.tests} have") from error
         except (SyntaxError, TypeError, ValueError) as error:
             raise SapoError(f"its tests cannot be read: {error}") from error
         return json.dumps({"before": before, **asdict(program)})

@@ -154,10 +154,13 @@ class DataTask(Task):
             except SapoError as error:
                 bad.append(f"{place}: {error}")
         if bad:
-            more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+            rest = f"; and {len(bad) - _LISTED} more (`sapo --debug … task.on_bad=fail` lists all)"
+            more = rest if len(bad) > _LISTED else ""
             message = f"{len(bad)} of {number} records of task.{name}_data do not fit: {'; '.join(bad[:_LISTED])}{more}"
             if self.config.on_bad == "fail":
-                raise SapoError(f"{message} (task.on_bad: skip leaves such out)")
+                refusal = SapoError(f"{message} (task.on_bad: skip leaves such out)")
+                refusal.add_note("\n".join(bad))  # which only a traceback shows
+                raise refusal
             remarks.append(f"{message}; left out")
         if not questions:
             condition = f" for which task.{name}_data.where holds" if source.where else ""

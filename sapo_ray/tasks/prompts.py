@@ -20,8 +20,9 @@ _SHIPPED = Path(__file__).parents[1] / "prompts"
 @dataclass(kw_only=True)
 class PromptConfig:
     template: str = "plain"
-    """A Jinja template: one of those in sapo_ray/prompts (`plain`, `instruct`), or the path or URI of a file. It is
-    given `question`, `convention` and `examples`, each of which has a `question` and a `solution`."""
+    """A Jinja template: one of those in sapo_ray/prompts (`plain`, `instruct`, `code`, `bare`), or the path or URI of a
+    file. It is given `question`, `examples`, each of which has a `question` and a `solution`, and, of the kind math,
+    `convention`."""
     shots: int = 0
     """Worked questions that stand in the prompt as examples. They are in no split."""
     chat: bool = False

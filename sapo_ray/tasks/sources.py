@@ -32,8 +32,8 @@ class SourceConfig:
     question: str = "question"
     """The question: a column's name, or a Jinja template over the columns such as `{{ Body }} {{ Question }}`."""
     answer: str = "answer"
-    """The gold answer, likewise. Where the text states an answer by the task's `convention`, as GSM8K's and MATH's
-    solutions do, that is the gold answer; else all of it is."""
+    """The gold answer, likewise. Where, of the kind math, the text states an answer by the task's `convention`, as
+    GSM8K's and MATH's solutions do, that is the gold answer; else all of it is."""
     solution: str | None = None
     """The worked solution, likewise; null where there is none."""
     strip: str | None = None

@@ -23,7 +23,7 @@ from sapo_ray.requests import ExecuteRequest, ExecutorConfig
 from sapo_ray.sandbox import Program, SandboxConfig, Verdict
 from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks import CodeConfig, make_task
-from sapo_ray.tasks.sources import SourceConfig
+from sapo_ray.tasks.code import CodeSource
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("needs_bubblewrap")]
 
@@ -77,7 +77,7 @@ def test_every_program_gets_its_own_verdict() -> None:
 
 
 def test_what_programs_cost_is_counted_and_their_pool_pauses_with_the_others(tmp_path: Path) -> None:
-    code = CodeConfig(train_data=SourceConfig(path=str(tmp_path / "none.jsonl")), test=1)
+    code = CodeConfig(train_data=CodeSource(path=str(tmp_path / "none.jsonl")), test=1)
     sandbox = SandboxConfig(cpu_seconds=1, wall_seconds=20)
     config = RunConfig(task=code, sandbox=sandbox, executor=ExecutorConfig(cpus_per_worker=0.1))
     names = ["right", "endless", "wrong"]

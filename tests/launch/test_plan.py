@@ -47,6 +47,10 @@ RECORDS = {
         for n in range(60)
     ],
 }
+OOD = {
+    "gsm8k": {"problem": "1 + 1?", "answer": "2"},
+    "mbpp": {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1"},
+}
 SIZES = ["task.worked=20", "task.pool=10", "task.validation=5", "task.test=4"]
 
 
@@ -57,13 +61,11 @@ def data_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]
     for task, records in RECORDS.items():
         for split, part in (("train", records[:50]), ("test", records[50:])):
             (folder / f"{task}-{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
-    (folder / "ood.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
-    files = {
-        task: [f"task.{split}_data.path={folder}/{task}-{split}.jsonl" for split in ("train", "test")]
+        (folder / f"{task}-ood.jsonl").write_text(json.dumps(OOD[task]))
+    return {
+        task: [f"task.{split}_data.path={folder}/{task}-{split}.jsonl" for split in ("train", "test", "ood")]
         for task in RECORDS
     }
-    files["gsm8k"].append(f"task.ood_data.path={folder}/ood.jsonl")
-    return files
 
 
 def sapo_plan(*arguments: str | Path) -> Result:
@@ -84,7 +86,7 @@ def test_the_papers_grid_fits_its_machines(
     """On one GPU, a node and four of them; one H100 holds every training's largest forward pass, too."""
     arguments = [CONFIGS / task / f"{name}.yaml", f"model.path={models / model}", *data_files[task], *SIZES]
     one = planned(*arguments, "--gpu", "h100")
-    assert one["questions"] == {"worked": 20, "pool": 10, "validation": 5, "test": 4, "ood": int(task == "gsm8k")}
+    assert one["questions"] == {"worked": 20, "pool": 10, "validation": 5, "test": 4, "ood": 1}
     assert (one["gpus"], one["misfits"], one["remarks"]) == (1, [], [])
     assert one["hours"] > 0
     assert one["dollars"] == pytest.approx(one["hours"] * 3, rel=0.02)

@@ -16,7 +16,7 @@ from sapo_ray.config import RayConfig, RunConfig
 from sapo_ray.errors import SapoError
 from sapo_ray.requests import EngineConfig, VerifierConfig
 from sapo_ray.tasks import CodeConfig
-from sapo_ray.tasks.sources import SourceConfig
+from sapo_ray.tasks.code import CodeSource
 from sapo_ray.training import TrainerConfig
 
 GPU_NODES = Nodes("node type gpu", 2, {"CPU": 16.0, "GPU": 4.0})
@@ -140,7 +140,7 @@ def test_what_is_up_at_the_same_time_is_what_a_command_starts() -> None:
     assert _sections(CONFIG) == [pools | {"trainer"}]
     assert _sections(CONFIG, trains=False) == [pools]
     assert _sections(replace(CONFIG, verify=False)) == [{"ray", "engine", "trainer"}]
-    code = CodeConfig(train_data=SourceConfig(path="mbpp.jsonl"), test=10)
+    code = CodeConfig(train_data=CodeSource(path="mbpp.jsonl"), test=10)
     assert _sections(replace(CONFIG, task=code)) == [pools | {"executor", "trainer"}]
     colocated = replace(CONFIG, task=code, placement="colocated")
     assert _sections(colocated) == [pools | {"executor"}, {"ray", "trainer"}]

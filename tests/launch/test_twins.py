@@ -1,8 +1,8 @@
 """Tiny twins of the paper's grid: each of its configs, with a random two-layer model of its architecture, without GPUs.
 
-What the configs say of data, prompts, placement, DeepSpeed, dtypes and rounds stays as it is. What is changed is what the
-machine asks for, and sizes. No model can know the answers: each is one of two, by no rule. So a model that has learned to
-answer at all is right now and then, and every stage has something to work on.
+What the configs say of data, prompts, placement, DeepSpeed, dtypes and rounds stays as it is. What is changed is what
+the machine asks for, and sizes. No model can know the answers: each is one of two, by no rule. So a model that has
+learned to answer at all is right now and then, and every stage has something to work on.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def _bit(number: int) -> int:
 
 
 @pytest.mark.parametrize(("task", "name", "family"), TWINS)
-def test_a_twin_runs_to_its_end(tmp_path: Path, task: str, name: str, family: str, request: pytest.FixtureRequest) -> None:
+def test_a_twin_runs_to_its_end(
+    tmp_path: Path, task: str, name: str, family: str, request: pytest.FixtureRequest
+) -> None:
     if task == "mbpp":
         request.getfixturevalue("needs_bubblewrap")
     tokenizer = tiny_tokenizer(FAMILIES[family])

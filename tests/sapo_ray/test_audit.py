@@ -19,7 +19,7 @@ from sapo_ray.sampler import original_trajectory
 from sapo_ray.sandbox import Sandbox, SandboxConfig
 from sapo_ray.tasks import Code, CodeConfig
 from sapo_ray.tasks.chain import Chain, ChainConfig
-from sapo_ray.tasks.sources import SourceConfig
+from sapo_ray.tasks.code import CodeSource
 
 CONFIG = LabelingConfig(rollouts=3)
 WRONG = Trajectory("w", "q", "?", ("a", "b", "c", "d"), "9", correct=False)
@@ -256,7 +256,7 @@ def test_answers_follow_from_steps() -> None:
 @pytest.mark.usefixtures("needs_bubblewrap")
 def test_programs_are_run_again_where_there_is_a_sandbox(tmp_path: Path) -> None:
     (tmp_path / "code.jsonl").write_text(json.dumps({"question": "?", "tests": ["assert f(2) == 4"]}))
-    source = SourceConfig(path=str(tmp_path / "code.jsonl"), answer="tests")
+    source = CodeSource(path=str(tmp_path / "code.jsonl"), answer="tests")
     task = Code(CodeConfig(train_data=source, worked=0, validation=0, test=1))
     (question,) = task.questions("test")
     right = Trajectory("t", question.id, "?", ("def f(x):\n", "    return 2 * x\n"), "", correct=True)

@@ -21,7 +21,7 @@ from sapo_ray.sampler import Sampler, SamplingConfig, Solver, original_trajector
 from sapo_ray.sandbox import Verdict
 from sapo_ray.tasks import Code, CodeConfig
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
-from sapo_ray.tasks.sources import SourceConfig
+from sapo_ray.tasks.code import CodeSource
 
 TASK = Chain(ChainConfig())
 TOKENIZER = character_tokenizer(VOCABULARY, 512)
@@ -78,7 +78,7 @@ def test_a_solution_cut_off_in_its_first_step_is_none() -> None:
 def test_a_program_is_run_and_its_verdict_says_whether_it_is_right(tmp_path: Path) -> None:
     record = {"question": "Double x.", "tests": ["assert f(2) == 4"]}
     (tmp_path / "code.jsonl").write_text(json.dumps(record))
-    source = SourceConfig(path=str(tmp_path / "code.jsonl"), answer="tests")
+    source = CodeSource(path=str(tmp_path / "code.jsonl"), answer="tests")
     task = Code(CodeConfig(train_data=source, worked=0, validation=0, test=1))
     (question,) = task.questions("test")
     asked: list[ExecuteRequest] = []

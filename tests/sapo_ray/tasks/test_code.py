@@ -11,8 +11,8 @@ import pytest
 from sapo_ray.errors import SapoError
 from sapo_ray.sandbox import Program, Sandbox, SandboxConfig, asserts_program
 from sapo_ray.tasks import SPLITS, Code, CodeConfig
+from sapo_ray.tasks.code import CodeSource
 from sapo_ray.tasks.prompts import PromptConfig
-from sapo_ray.tasks.sources import SourceConfig
 
 DOUBLE = {
     "question": "Write double(x).",
@@ -22,10 +22,10 @@ DOUBLE = {
 
 
 def one(tmp_path: Path, record: dict[str, Any], **keys: Any) -> Code:
-    """The task of one question, with a worked solution."""
+    """The task of one question, with a worked solution; `keys` are of its source."""
     (tmp_path / "code.jsonl").write_text(json.dumps(record))
-    source = SourceConfig(path=str(tmp_path / "code.jsonl"), answer="tests", solution="code")
-    return Code(CodeConfig(**{"train_data": source, "worked": 1, "validation": 0, "test": 0, **keys}))
+    source = CodeSource(path=str(tmp_path / "code.jsonl"), answer="tests", solution="code", **keys)
+    return Code(CodeConfig(train_data=source, worked=1, validation=0, test=0))
 
 
 def program_of(task: Code, *steps: str) -> Program:
@@ -100,12 +100,10 @@ def test_a_record_that_does_not_fit_is_named(
         task.questions("worked")
 
 
-def real(data: Path, name: str, tests: str, prompt: str, **source: str) -> Code:
-    where = SourceConfig(path=str(data / name), **source)
+def real(data: Path, name: str, tests: str, prompt: str, **source: Any) -> Code:
     return Code(
         CodeConfig(
-            tests=tests,  # type: ignore[arg-type]
-            train_data=where,
+            train_data=CodeSource(path=str(data / name), tests=tests, **source),  # type: ignore[arg-type]
             worked=100,
             test=20,
             validation=5,

@@ -185,6 +185,19 @@ def test_a_record_that_does_not_fit_is_named_or_left_out(tmp_path: Path, line: s
     assert "\n" not in Math(settings).remarks()[0]
 
 
+def test_of_many_records_that_do_not_fit_the_first_are_named_and_a_traceback_lists_all(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    path = Path(settings.train_data.path or "")
+    path.write_text("{\n" * 7 + path.read_text())
+    with pytest.raises(SapoError) as caught:
+        Math(settings).questions("pool")
+    assert "line 5: " in str(caught.value)
+    assert "line 6: " not in str(caught.value)
+    assert "; and 2 more (`sapo --debug … task.on_bad=fail` lists all)" in str(caught.value)
+    (listed,) = caught.value.__notes__
+    assert [line.partition(": ")[0] for line in listed.splitlines()] == [f"{path}, line {n}" for n in range(1, 8)]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
