@@ -68,7 +68,8 @@ class Engines:
         self._publishing: asyncio.Task[None] | None = None
         engine, verifier, scaling = config.engine, config.verifier, config.scaling
         self._reasoners = reasoner_pool(engine, scaling) if engine.kind else null_reasoner_pool(config)
-        self._verifiers = verifier_pool(verifier, scaling) if verifier.kind else null_verifier_pool(config)
+        attention = config.model.attention
+        self._verifiers = verifier_pool(verifier, attention, scaling) if verifier.kind else null_verifier_pool(config)
         self._executors = executor_pool(config.executor, config.sandbox, scaling)
         self.has_verifier = False
         self.calibration: Calibration | None = None

@@ -196,6 +196,7 @@ class Run:
             run=self._store.name,
             stage=stage,
             driver=self._store.driver,
+            attention=self.config.model.attention,
         )
         self._stage(stage, lambda: self._run_job(stage, job, checkpoint_name(role, number)))
 

@@ -365,7 +365,7 @@ def load_model(job: TrainJob, init: str, head: Head, *, quantized: bool = True) 
         init,
         config=config,
         dtype=torch.float32,
-        attn_implementation=attention(config),
+        attn_implementation=attention(config, job.attention),
         quantization_config=packing,
     )
     model.train()  # checkpoints come in evaluation mode, in which transformers leaves gradient checkpointing out

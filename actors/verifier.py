@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class VerifierWorker(PoolWorker):
     """One verifier. `ready` loads the first checkpoint, `load` any later one."""
 
-    def __init__(self, config: VerifierConfig, checkpoint: str) -> None:
-        self._config = config
+    def __init__(self, config: VerifierConfig, attention: str | None, checkpoint: str) -> None:
+        self._config, self._attention = config, attention
         self._checkpoint = checkpoint
 
     def ready(self) -> None:
@@ -34,8 +34,10 @@ class VerifierWorker(PoolWorker):
     def load(self, checkpoint: str) -> None:
         """Load a …ForTokenClassification with one label. Raises SapoError, naming it, for any other checkpoint."""
         device = "cuda" if self._config.gpus_per_worker else "cpu"
-        self._model = load_verifier(local_checkpoint(checkpoint), getattr(torch, self._config.dtype), device)
-        logger.info("%s is loaded, in %s on %s", checkpoint, self._config.dtype, device)
+        dtype = getattr(torch, self._config.dtype)
+        self._model = load_verifier(local_checkpoint(checkpoint), dtype, device, self._attention)
+        used = self._model.config._attn_implementation
+        logger.info("%s is loaded, in %s on %s, with %s attention", checkpoint, self._config.dtype, device, used)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """ĉ_j of every step, one list a trajectory."""
@@ -48,7 +50,11 @@ class VerifierWorker(PoolWorker):
         return scores
 
 
-def verifier_pool(config: VerifierConfig, scaling: ScalingConfig) -> ElasticPool[ScoreRequest, list[float]]:
+def verifier_pool(
+    config: VerifierConfig, attention: str | None, scaling: ScalingConfig
+) -> ElasticPool[ScoreRequest, list[float]]:
     """A pool of verifier workers."""
     actor = actor_class(VerifierWorker, config, thread_environment(config))
-    return ElasticPool("verifier", lambda checkpoint: actor.remote(config, checkpoint), "score", config, scaling)
+    return ElasticPool(
+        "verifier", lambda checkpoint: actor.remote(config, attention, checkpoint), "score", config, scaling
+    )

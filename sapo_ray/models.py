@@ -11,9 +11,10 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sapo_ray.cache import local_checkpoint
+from sapo_ray.config_loader import changeable
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
 from sapo_ray.manifest import recorded
@@ -43,6 +44,10 @@ class ModelConfig:
     """Longest sequence, in tokens."""
     tie_embeddings: bool = True
     """Share the input and output embeddings."""
+    # transformers would take the name of a kernel on a hub, too, and fetch and run its code.
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = changeable(None)
+    """How trainings and verifiers compute attention (transformers' `attn_implementation`). Null: by PyTorch's fused
+    kernels (`sdpa`), or `eager` where a model caps its logits, as Gemma 2 does. Engines choose for themselves."""
 
     def __post_init__(self) -> None:
         for key in ("hidden_size", "layers", "heads", "intermediate_size", "max_length"):
@@ -124,12 +129,19 @@ def save_model(model: PreTrainedModel, path: Path) -> None:
     shutil.copymode(path / "config.json", path / "model.safetensors")  # safetensors keeps its files to their owner
 
 
-def attention(config: PreTrainedConfig) -> str | None:
+def attention(config: PreTrainedConfig, asked: str | None) -> str | None:
     """The attention that transformers has to be asked for: None is its own choice.
 
-    That is PyTorch's fused attention, which leaves out without a word how Gemma 2 caps the logits of its own.
+    That is PyTorch's fused attention, which leaves out without a word how Gemma 2 caps the logits of its own. Raises
+    SapoError where it is asked for nevertheless.
     """
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    capped = getattr(config, "attn_logit_softcapping", None)
+    if capped and asked == "sdpa":
+        raise SapoError(
+            f"model.attention is sdpa, which does not cap the logits of attention, as {config.model_type} does; "
+            "leave it null or name another"
+        )
+    return asked or ("eager" if capped else None)
 
 
 @dataclass(frozen=True, slots=True)

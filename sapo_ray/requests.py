@@ -152,7 +152,8 @@ class EngineConfig(PoolConfig):
     """Where `placement` is `colocated`: keep the engine's process and have it give back its memory only (vLLM's sleep
     mode, GPUs only), instead of ending it. `gpus_per_worker` must then leave the trainer a fraction of the device."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's AsyncEngineArgs; they win over the keys above."""
+    """Further arguments of vLLM's AsyncEngineArgs, such as `attention_backend`; they win over the keys above. Not
+    `trust_remote_code`: no code that comes with a model is run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,6 +167,8 @@ class EngineConfig(PoolConfig):
                 f"tensor_parallel_size is {self.tensor_parallel_size}; a worker has {self.gpus_per_worker:g} GPUs "
                 "(gpus_per_worker), and an engine lives on one node"
             )
+        if "trust_remote_code" in self.extra:
+            raise ValueError("extra names trust_remote_code; no code that comes with a model is run: leave it out")
         if self.sleep and not 0 < self.gpus_per_worker < 1:
             raise ValueError(f"sleep is true and gpus_per_worker {self.gpus_per_worker}; it must lie between 0 and 1")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -12,8 +12,11 @@ from sapo_ray.errors import SapoError
 from sapo_ray.models import attention
 
 
-def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """The token classifier with one label in the directory `checkpoint`, ready to score.
+def load_verifier(
+    checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu", asked: str | None = None
+) -> PreTrainedModel:
+    """The token classifier with one label in the directory `checkpoint`, ready to score; `asked`: see
+    `models.attention`.
 
     Raises SapoError for a checkpoint of another kind, whose head would be missing or ambiguous.
     """
@@ -25,7 +28,7 @@ def load_verifier(checkpoint: str, dtype: torch.dtype = torch.float32, device: s
             "…ForTokenClassification with num_labels = 1"
         )
     model: PreTrainedModel = AutoModelForTokenClassification.from_pretrained(
-        checkpoint, dtype=dtype, attn_implementation=attention(config)
+        checkpoint, dtype=dtype, attn_implementation=attention(config, asked)
     )
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()  # type: ignore[no-any-return]

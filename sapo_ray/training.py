@@ -149,7 +149,7 @@ class Prompts(Protocol):
 class TrainJob:
     """Train the checkpoint `init` on the Parquet files and directories `data`, and export to the directory `out`.
 
-    `init` may also be the name of a model on a hub.
+    All of them are paths or URIs.
     """
 
     objective: str
@@ -171,6 +171,8 @@ class TrainJob:
     driver: str | None = None
     """The id of the driver that must have the lease of the run two levels above `out` at every write; None where there
     is no lease to look at."""
+    attention: str | None = None
+    """What `model.attention` asks for. As it changes rounding alone, a training goes on with another."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What must stay the same for a training to go on or to count as done. Paths are relative to `out`'s parent,

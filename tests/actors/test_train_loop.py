@@ -395,6 +395,19 @@ def test_a_model_with_dropout_trains_without_it(home: Path, tmp_path: Path) -> N
     assert torch.equal(*logits)
 
 
+def test_attention_is_what_the_job_asks_for_and_changes_nothing(home: Path, tmp_path: Path) -> None:
+    """A training may go on with another one."""
+    from actors.train_loop import load_model
+
+    asked = replace(job(home, tmp_path / "out", checkpoint_every=1, epochs=1), attention="eager")
+    assert load_model(asked, asked.init, "causal_lm").config._attn_implementation == "eager"
+    with pytest.raises(InterruptionError):
+        run(asked, interrupt)
+    result = run(replace(asked, attention=None))
+    assert result.resumed_from == 1
+    assert losses(result) == pytest.approx(losses(run(job(home, tmp_path / "other", epochs=1))), abs=1e-6)
+
+
 def test_gradient_checkpointing_changes_nothing(home: Path, tmp_path: Path) -> None:
     for stage in (1, 3):
         results = [

@@ -55,7 +55,7 @@ def test_a_device_that_fails_ends_the_worker_and_not_the_run(
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    worker = VerifierWorker(CONFIG, save_verifier(reasoner, 0, tmp_path / "0"))
+    worker = VerifierWorker(CONFIG, None, save_verifier(reasoner, 0, tmp_path / "0"))
     worker.ready()
     monkeypatch.setattr(verifier, "score", fail)
     with pytest.raises(EngineDeadError, match=r"^the device failed: .*illegal memory access"):
@@ -66,7 +66,7 @@ def test_a_pool_of_verifiers_scores_as_one_model_does_before_and_after_a_reload(
     checkpoints = [save_verifier(reasoner, seed, tmp_path / str(seed)) for seed in (0, 1)]
 
     async def scores() -> list[list[list[float]]]:
-        pool = verifier_pool(CONFIG, ScalingConfig())
+        pool = verifier_pool(CONFIG, None, ScalingConfig())
         asked = [ScoreRequest(str(number), encoded) for number, encoded in enumerate(TRAJECTORIES)]
         await pool.load(checkpoints[0])
         before = await asyncio.gather(*map(pool.submit, asked))
@@ -93,7 +93,7 @@ def test_a_failed_request_is_in_the_logs_with_its_run_and_stage(
     unknown = Encoded([2, 10_000, 3], 1, [2])
 
     async def ask() -> None:
-        pool = verifier_pool(VerifierConfig(cpus_per_worker=0.2), ScalingConfig())
+        pool = verifier_pool(VerifierConfig(cpus_per_worker=0.2), "eager", ScalingConfig())
         pool.enter("local", "round-1/sample")
         await pool.load(checkpoint)
         pool.enter("local", "round-2/sample")
@@ -108,9 +108,10 @@ def test_a_failed_request_is_in_the_logs_with_its_run_and_stage(
     assert re.fullmatch(form, failed)
     (loaded,) = log_lines(checkpoint)
     assert "INFO run=local stage=round-1/sample request=- " in loaded
+    assert loaded.endswith(f"{checkpoint} is loaded, in float32 on cpu, with eager attention")
     assert [record.request for record in caplog.records if "score failed" in record.message] == ["round-2/q-7/0"]
 
 
 def test_a_reasoner_is_refused_at_the_start(reasoner: str) -> None:
     with pytest.raises(WorkerError, match=rf"verifier worker \d: start failed: {reasoner} holds Qwen2ForCausalLM"):
-        asyncio.run(verifier_pool(CONFIG, ScalingConfig()).load(reasoner))
+        asyncio.run(verifier_pool(CONFIG, None, ScalingConfig()).load(reasoner))

@@ -100,6 +100,8 @@ def _tree(folder: Path) -> list[Path]:
             "command line: engine.tensor_parallel_size is 4; a worker has 2 GPUs (gpus_per_worker), ",
         ),
         (["engine.sleep=true"], "command line: engine.sleep is true and gpus_per_worker 0.0; it must lie between 0 "),
+        (["engine.extra.trust_remote_code=true"], "command line: engine.extra names trust_remote_code; no code that "),
+        (["model.attention=hub/kernel"], "command line: model.attention is 'hub/kernel'; it must be one of eager, "),
         (["scaling.max_kills=1"], "command line: scaling.max_kills is 1; it must be at least 2: "),
         (["engine.workers=0"], "command line: engine.workers is 0 and max_workers None; that allows for no worker"),
         (["engine.max_num_batched_tokens=63"], "command line: engine.max_num_batched_tokens is 63; on a CPU it must "),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase, Qwen2Config
 
-from sapo_ray.models import Calibration, ModelConfig, parameter_count, save_random_reasoner
+from sapo_ray.errors import SapoError
+from sapo_ray.models import Calibration, ModelConfig, attention, parameter_count, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY
 
 CONFIG = ModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=24, max_length=64)
@@ -63,6 +64,14 @@ def test_weights_follow_from_the_seed_and_leave_the_random_state_alone(checkpoin
     assert (tmp_path / "same" / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "other" / "model.safetensors").read_bytes() != weights
     assert {p.name for p in tmp_path.iterdir()} == {"same", "other"}
+
+
+def test_attention_is_what_is_asked_for_unless_it_would_leave_out_a_cap() -> None:
+    plain, capped = Qwen2Config(), Gemma2Config(attn_logit_softcapping=50.0)
+    assert [attention(plain, asked) for asked in (None, "eager", "sdpa")] == [None, "eager", "sdpa"]
+    assert [attention(capped, asked) for asked in (None, "flash_attention_2")] == ["eager", "flash_attention_2"]
+    with pytest.raises(SapoError, match=r"model\.attention is sdpa, .* as gemma2 does; leave it null or name another"):
+        attention(capped, "sdpa")
 
 
 def test_calibration_is_stored_with_its_checkpoint(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_bf16_scores_are_fp32_numbers_close_to_those_of_fp32(checkpoint: Path, v
         assert scores == pytest.approx(expected, abs=0.05)
 
 
+def test_attention_changes_scores_by_rounding_alone(checkpoint: Path, verifier: PreTrainedModel) -> None:
+    eager, encoded = load_verifier(str(checkpoint), asked="eager"), trajectories(8)
+    assert [model.config._attn_implementation for model in (verifier, eager)] == ["sdpa", "eager"]
+    for scores, expected in zip(score(eager, encoded, 500), score(verifier, encoded, 500), strict=True):
+        assert scores == pytest.approx(expected, abs=1e-5)
+
+
 def test_nothing_to_score(verifier: PreTrainedModel) -> None:
     assert score(verifier, [], 100) == []
     assert score(verifier, [Encoded([5, 6, 7], 3, [])], 100) == [[]]
