@@ -1,8 +1,9 @@
 """The coordinator: one actor that streams trajectories through sample -> score -> detect -> verify -> expand.
 
 It knows no labeler by name and does no arithmetic of the method: that is `sapo_ray`'s. One question after another
-enters the stream and leaves it written; nothing waits for a whole stage. Every public coroutine that ends in `_notes`
-is one stage of a run and returns what the stage notes about itself.
+enters the stream and leaves it written; nothing waits for a whole stage. `sample_validation`, `sample_and_label`,
+`calibrate`, `verify_self`, `make_pairs`, `evaluate` and `evaluate_labels` do a stage each, and return what it notes
+about itself.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ class Coordinator:
             questions = self._task.questions("validation")[writer.items :]
             self._go_on(writer, len(questions))
             attempts = self._engines.attempts(questions, lambda q: self._sampler.unique(q, "validation"))
-            async for _, trajectories in attempts:
-                await writer.add({"validation": map(trajectory_row, trajectories or ())})
+            async for _, sampled in attempts:
+                await writer.add({"validation": map(trajectory_row, sampled[0] if sampled else ())})
         return self._notes(trajectories=writer.rows("validation"), files=writer.files, seconds=writer.seconds)
 
     async def sample_and_label(self, round_number: int) -> dict[str, Any]:
@@ -126,12 +127,12 @@ class Coordinator:
         annotator = self._annotator(labeling) if config.verify else None
         questions = round_questions(self._task.questions("pool"), round_number, config.sampling.questions)
 
-        async def work(question: Question) -> tuple[list[Trajectory], list[Annotation]]:
-            trajectories = await self._sampler.unique(question, stage)
+        async def work(question: Question) -> tuple[list[Trajectory], int, list[Annotation]]:
+            trajectories, repeats = await self._sampler.unique(question, stage)
             if annotator is None:
-                return trajectories, []
+                return trajectories, repeats, []
             chosen = [t for t in trajectories if is_labelled(t, labeling, config.seed)]
-            return trajectories, await together(self._label(annotator, question, t, stage) for t in chosen)
+            return trajectories, repeats, await together(self._label(annotator, question, t, stage) for t in chosen)
 
         with self._writer(f"{stage}/sample", "trajectories", "labels", "rollouts") as writer:
             questions = questions[writer.items :]
@@ -143,7 +144,7 @@ class Coordinator:
             async for _, result in self._engines.attempts(questions, work):
                 if result:
                     report.add(*result)
-                trajectories, annotations = result or ([], [])
+                trajectories, _, annotations = result or ([], 0, [])
                 await writer.add(
                     {
                         "trajectories": map(trajectory_row, trajectories),
@@ -169,7 +170,8 @@ class Coordinator:
     async def sample(self, questions: Sequence[Question], stage: str) -> list[tuple[Question, list[Trajectory]]]:
         """The loaded reasoner's different trajectories of each question."""
         self._engines.begin(len(questions))
-        return [pair async for pair in self._engines.stream(questions, lambda q: self._sampler.unique(q, stage))]
+        stream = self._engines.stream(questions, lambda q: self._sampler.unique(q, stage))
+        return [(question, trajectories) async for question, (trajectories, _) in stream]
 
     async def label(
         self, items: Sequence[Item], labeling: LabelingConfig, stage: str

@@ -16,9 +16,13 @@ Notes = Mapping[str, Any]
 FLATTENED = 0.5
 """Warn when the mean largest score drop falls below this share of the largest in a round before."""
 RISEN = 0.1
-"""Warn when the self-verification error rises by this much over the least in a round before."""
+"""Warn when the self-verification error, or a share of duplicates above `DUPLICATED`, has risen by more than this over
+the least in a round before."""
 REPETITIVE = 0.2
 """Warn when this share of a trajectory's steps, on average, repeats an earlier step of it."""
+DUPLICATED = 0.8
+"""Warn when more than this share of a question's samples but the first, on average, repeats an earlier one, and it has
+risen (`RISEN`)."""
 MEASURING = ("validation", "self-verification", "self-verification-aligned", "evaluate")
 """Stages that only measure: the method would do without them."""
 
@@ -49,6 +53,7 @@ class StreamReport:
     steps: Counter[str] = field(default_factory=Counter)
     drops: Sum = field(default_factory=Sum)
     repeats: Sum = field(default_factory=Sum)
+    duplicates: Sum = field(default_factory=Sum)
 
     @staticmethod
     def restored(start_score: float | None, state: Mapping[str, Mapping[str, Any]] | None) -> StreamReport:
@@ -56,16 +61,18 @@ class StreamReport:
         if state is None:
             return StreamReport(start_score)
         counts = {name: Counter(state[name]) for name in ("counts", "cases", "steps")}
-        return StreamReport(start_score, **counts, drops=Sum(**state["drops"]), repeats=Sum(**state["repeats"]))
+        drops, repeats, duplicates = (Sum(**state[name]) for name in ("drops", "repeats", "duplicates"))
+        return StreamReport(start_score, **counts, drops=drops, repeats=repeats, duplicates=duplicates)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What was counted so far, as JSON."""
         counts = {"counts": self.counts, "cases": self.cases, "steps": self.steps}
-        sums = {"drops": asdict(self.drops), "repeats": asdict(self.repeats)}
-        return {**{name: dict(count) for name, count in counts.items()}, **sums}
+        sums = {"drops": self.drops, "repeats": self.repeats, "duplicates": self.duplicates}
+        return {name: dict(count) for name, count in counts.items()} | {name: asdict(s) for name, s in sums.items()}
 
-    def add(self, trajectories: Sequence[Trajectory], annotations: Sequence[Annotation]) -> None:
-        """Count one question's trajectories and the rows that became of them, repeated ones left out."""
+    def add(self, trajectories: Sequence[Trajectory], duplicates: int, annotations: Sequence[Annotation]) -> None:
+        """Count one question's trajectories, the samples dropped as duplicates of them, and the rows that became of the
+        trajectories, repeated ones left out."""
         self.counts["sampled"] += len(trajectories)
         self.counts["correct"] += sum(t.correct for t in trajectories)
         self.counts["truncated"] += sum(t.truncated for t in trajectories)
@@ -75,6 +82,8 @@ class StreamReport:
         self.steps.update(label_counts(rows))
         if (repeats := repetitiveness(trajectories)) is not None:
             self.repeats.add(repeats)
+        if (further := len(trajectories) + duplicates - 1) > 0:
+            self.duplicates.add(duplicates / further)
         for annotation in annotations:
             row = annotation.labelled[0]
             self.cases.update([row.case] if row.case else [])
@@ -89,6 +98,7 @@ class StreamReport:
             "step_labels": dict(self.steps),
             "mean_largest_drop": self.drops.mean,
             "repetitiveness": self.repeats.mean,
+            "duplicates": self.duplicates.mean,
         }
 
 
@@ -97,12 +107,16 @@ def warning_signs(number: int, notes: Mapping[str, Notes]) -> list[str]:
     stream, signs = notes.get(f"round-{number}/sample", {}), []
     drop, drops = _by_round(number, notes, "sample", "mean_largest_drop")
     error, errors = _by_round(number, notes, "self-verification", "all")
+    share, shares = _by_round(number, notes, "sample", "duplicates")
     if drop is not None and drops and drop < FLATTENED * max(drops):
         signs.append(f"score drops flatten: {drop:.3f} after {max(drops):.3f}; detection may be turning random")
     if error is not None and errors and error > min(errors) + RISEN:
         signs.append(f"self-verification error rises: {error:.3f} after {min(errors):.3f}")
     if (repeats := stream.get("repetitiveness")) is not None and repeats > REPETITIVE:
         signs.append(f"samples are repetitive: {repeats:.0%} of a solution's steps repeat an earlier one")
+    if share is not None and shares and share > max(DUPLICATED, min(shares) + RISEN):
+        all_but_first = f"{share:.0%} of a question's samples but the first repeat an earlier one"
+        signs.append(f"samples hardly differ: {all_but_first}, {min(shares):.0%} before")
     if stream.get("labels"):
         kinds = [kind for kind in ("right", "wrong") if not stream.get("step_labels", {}).get(kind)]
         signs += [f"no step of a sampled solution is labelled {kind}" for kind in kinds]

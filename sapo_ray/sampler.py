@@ -154,21 +154,22 @@ class Sampler:
         prefix, decoding = self._solver.prefix(question), self._config.decoding(greedy=greedy)
         return await together(self._one(prefix, f"{stage}/{question.id}/{k}", decoding) for k in numbers)
 
-    async def unique(self, question: Question, stage: str) -> list[Trajectory]:
+    async def unique(self, question: Question, stage: str) -> tuple[list[Trajectory], int]:
         """At least `samples` samples, and on until `min_unique` different ones are found or `max_samples` drawn.
 
-        Empty solutions and repeats of an earlier sample are dropped.
+        Empty solutions and repeats of an earlier sample are dropped; the second value counts these repeats.
         """
-        drawn, found = 0, dict[tuple[str, ...], Trajectory]()
+        drawn, repeats, found = 0, 0, dict[tuple[str, ...], Trajectory]()
         while drawn < self._config.samples or (
             len(found) < self._config.min_unique and drawn < self._config.max_samples
         ):
             more = min(self._config.samples, self._config.max_samples - drawn)
             for trajectory in await self.sample(question, stage, range(drawn, drawn + more)):
                 if trajectory.steps:
+                    repeats += trajectory.steps in found
                     found.setdefault(trajectory.steps, trajectory)
             drawn += more
-        return list(found.values())
+        return list(found.values()), repeats
 
     async def _one(self, prefix: Prefix, request_id: str, decoding: Sampling) -> Trajectory:
         solution = await self._solver.solve(prefix, request_id, decoding)

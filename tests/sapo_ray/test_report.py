@@ -35,32 +35,38 @@ def test_stream_report_by_hand() -> None:
     again = labelled(right, (0, 0), parent="w")
     report.add(
         [right, wrong, cut],
+        1,
         [
             Annotation([labelled(right, (1, 1), "correct")]),
             Annotation([labelled(wrong, (1, -1), "b", (0.8, 0.2)), expansion, again]),
         ],
     )
-    report.add([cut], [])
-    report.add([], [])
+    report.add([cut], 1, [])
+    report.add([cut], 0, [])  # a first sample repeats none
+    report.add([], 0, [])
     assert report.notes() == {
         "trajectories": {
-            "sampled": 4,
+            "sampled": 5,
             "correct": 1,
-            "truncated": 2,
-            "unanswered_questions": 2,
+            "truncated": 3,
+            "unanswered_questions": 3,
             "expanded": 1,
         },
         "cases": {"correct": 1, "b": 1},
         "step_labels": {"right": 4, "wrong": 1, "masked": 1},
         "mean_largest_drop": pytest.approx(0.6),
-        "repetitiveness": pytest.approx((0.5 / 3 + 0) / 2),
+        "repetitiveness": pytest.approx((0.5 / 3 + 0 + 0) / 3),
+        "duplicates": pytest.approx((1 / 3 + 1) / 2),
     }
+    restored = StreamReport.restored(0.9, json.loads(json.dumps(report.state())))
+    assert restored.notes() == report.notes()
 
 
 def test_a_stream_of_nothing_has_null_figures() -> None:
     notes = StreamReport(start_score=None).notes()
     assert notes["mean_largest_drop"] is None
     assert notes["repetitiveness"] is None
+    assert notes["duplicates"] is None
 
 
 def signs(before: dict[str, Any], now: dict[str, Any], errors: Sequence[float | None] = (None, None)) -> list[str]:
@@ -90,6 +96,21 @@ def test_each_warning_sign_comes_at_its_threshold(
 ) -> None:
     before = {"mean_largest_drop": 0.4, "repetitiveness": 0.9}
     assert signs(before, {"mean_largest_drop": drop, "repetitiveness": repeats}, (0.5, error)) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "warned"),
+    [
+        (0.5, 0.79, False),
+        (0.5, 0.81, True),
+        (0.75, 0.84, False),
+        (0.75, 0.86, True),
+        (0.9, 0.9, False),
+        (None, 1.0, False),
+    ],
+)
+def test_samples_that_differ_less_and_less_are_a_sign(before: float | None, now: float, warned: bool) -> None:
+    assert signs({"duplicates": before}, {"duplicates": now}) == ["samples hardly differ"] * warned
 
 
 def test_a_sign_that_grows_slowly_is_seen() -> None:

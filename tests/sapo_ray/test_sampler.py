@@ -45,9 +45,13 @@ class Reasoner:
         return Completion(request.id, text, tuple(TOKENIZER.encode(text)), finished, len(request.prompt_ids), 0)
 
 
-def unique(reasoner: Reasoner, **config: Any) -> list[Trajectory]:
+def drawn(reasoner: Reasoner, **config: Any) -> tuple[list[Trajectory], int]:
     sampler = Sampler(Solver(TASK, TOKENIZER, reasoner, seed=5), SamplingConfig(**config))
     return asyncio.run(sampler.unique(QUESTION, "round-1"))
+
+
+def unique(reasoner: Reasoner, **config: Any) -> list[Trajectory]:
+    return drawn(reasoner, **config)[0]
 
 
 TEXTS = ["7+3=0\n0*7=0\n", "7+3=1\n1*7=7\n", "7+3=0\n0*7=0\n", "7+3=0\n0*7=0", "", "7+3=0\n0*…", "\n"]
@@ -116,21 +120,24 @@ def test_greedy_decoding_ignores_temperature() -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "min_unique", "drawn", "kept"),
+    ("texts", "min_unique", "asked", "kept", "repeats"),
     [
-        (["a"] * 9, 1, 2, [0]),
-        (["a", "b", "c"] * 3, 1, 2, [0, 1]),
-        (["a", "a", "a", "b", "c"] * 2, 2, 4, [0, 3]),
-        (["a"] * 9, 2, 5, [0]),
-        ([""] * 9, 1, 5, []),
-        (["", "", "", "", "a"], 1, 5, [4]),
+        (["a"] * 9, 1, 2, [0], 1),
+        (["a", "b", "c"] * 3, 1, 2, [0, 1], 0),
+        (["a", "a", "a", "b", "c"] * 2, 2, 4, [0, 3], 2),
+        (["a"] * 9, 2, 5, [0], 4),
+        ([""] * 9, 1, 5, [], 0),
+        (["", "", "", "", "a"], 1, 5, [4], 0),
     ],
     ids=["enough", "all different", "until two differ", "until the most", "nothing but empty ones", "the last of all"],
 )
-def test_sampling_goes_on_until_enough_differ(texts: list[str], min_unique: int, drawn: int, kept: list[int]) -> None:
+def test_sampling_goes_on_until_enough_differ(
+    texts: list[str], min_unique: int, asked: int, kept: list[int], repeats: int
+) -> None:
     reasoner = Reasoner(texts.__getitem__)
-    found = unique(reasoner, samples=2, min_unique=min_unique, max_samples=5)
-    assert sorted(r.id for r in reasoner.requests) == [f"round-1/q/{k}" for k in range(drawn)]
+    found, dropped = drawn(reasoner, samples=2, min_unique=min_unique, max_samples=5)
+    assert sorted(r.id for r in reasoner.requests) == [f"round-1/q/{k}" for k in range(asked)]
+    assert dropped == repeats
     assert [t.id for t in found] == [f"round-1/q/{k}" for k in kept]
 
 
