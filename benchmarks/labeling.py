@@ -5,7 +5,7 @@ starts. They ask for the same rollouts of the same prefix. Of the task `chain` t
 and truth is its `reachable` oracle; of any other task they are of test questions, and truth is what shepherd says. The
 models are M_0 and V_0 of a config, trained at the first call, in a run directory of their own:
 
-    python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories 300] [--config configs/labeling.yaml]
+    python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories N] [--config configs/labeling.yaml]
 """
 
 from __future__ import annotations
@@ -37,19 +37,27 @@ from sapo_ray.tasks import Chain, ChainConfig, Task, make_task
 
 CONFIG = Path(__file__).parents[1] / "configs" / "labeling.yaml"
 LENGTHS = (5, 8, 12)
+CHAINS, OTHERS = 300, 40
+"""Wrong trajectories by default: of each length of `chain`; of any other task, whose models are far larger."""
 Item = tuple[Question, Trajectory]
 
 
 @click.command()
 @click.option("--config", type=click.Path(dir_okay=False), default=str(CONFIG), show_default=True)
-@click.option("--trajectories", default=300, show_default=True, help="Wrong trajectories, of each length.")
+@click.option(
+    "--trajectories",
+    type=click.IntRange(min=1),
+    show_default=f"{CHAINS}; {OTHERS} of another task than chain",
+    help="Wrong trajectories, of each length.",
+)
 @click.option("--no-early-exit", is_flag=True, help="Sample all T rollouts of every check.")
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 @click.argument("overrides", nargs=-1)
-def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, overrides: Sequence[str]) -> None:
+def main(config: str, trajectories: int | None, no_early_exit: bool, as_json: bool, overrides: Sequence[str]) -> None:
     run_dir = load_config(RunConfig, config, overrides).run_dir or f"runs/{Path(config).stem}"
     store = complete(config, [*overrides, "rounds=0", f"run_dir={run_dir}-round-0"])
     settings = load_config(RunConfig, store.folder.locate("config.yaml"))
+    count = trajectories or (CHAINS if isinstance(settings.task, ChainConfig) else OTHERS)
     with (
         ray_session(settings),
         ConsoleReporter() as reporter,
@@ -57,8 +65,8 @@ def main(config: str, trajectories: int, no_early_exit: bool, as_json: bool, ove
     ):
         coordinator.use(reasoner=store.checkpoint("reasoner", 0), verifier=store.checkpoint("verifier", 0))
         results = {
-            name: _compare(coordinator, reporter, settings, task, name, trajectories, not no_early_exit)
-            for name, task in _tasks(settings, trajectories).items()
+            name: _compare(coordinator, reporter, settings, task, name, count, not no_early_exit)
+            for name, task in _tasks(settings, count).items()
         }
     _print(results)
     if as_json:
@@ -81,9 +89,14 @@ def _compare(
     count: int,
     early_exit: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The figures of every labeler on `count` wrong trajectories."""
+    """The figures of every labeler on `count` wrong trajectories.
+
+    Where requests were set aside, costs are means over what a labeler has labelled, and labels are compared on what all
+    have.
+    """
     items = _wrong_trajectories(coordinator, reporter, task, name, count)
-    annotated, costs = {}, {}
+    annotated: dict[str, dict[str, tuple[Item, LabelledTrajectory]]] = {}
+    costs = {}
     for labeler in get_args(LabelerName):
         labeling = replace(settings.labeling, labeler=labeler, early_exit=early_exit, unproven="keep", expand=False)
         reporter.begin(f"{_title(name)}: {labeler}")
@@ -92,11 +105,14 @@ def _compare(
         rows, notes = coordinator.call("label", items, labeling, f"length-{name}")
         seconds = time.monotonic() - start
         reporter.end(notes)
-        annotated[labeler] = [(item, annotation.labelled[0]) for item, annotation in rows]
+        if not rows:
+            raise SystemExit(f"{_title(name)}: {labeler} has labelled none of {len(items)} trajectories")
+        annotated[labeler] = {item[1].id: (item, annotation.labelled[0]) for item, annotation in rows}
         costs[labeler] = _costs(notes["cost"], seconds, len(rows))
-    by_shepherd = {row.trajectory.id: row.step_labels for _, row in annotated["shepherd"]}
+    by_shepherd = {i: row.step_labels for i, (_, row) in annotated["shepherd"].items()}
+    compared = [trajectory.id for _, trajectory in items if all(trajectory.id in rows for rows in annotated.values())]
     return {
-        labeler: {**_quality(task, rows, by_shepherd), **costs[labeler], "n": len(rows)}
+        labeler: {**_quality(task, [rows[i] for i in compared], by_shepherd), **costs[labeler], "n": len(compared)}
         for labeler, rows in annotated.items()
     }
 

@@ -34,6 +34,7 @@ class Coordinator:
 
     def __init__(self, *_: Any) -> None:
         self.calls: list[str] = []
+        self.set_aside: dict[str, int] = {}  # by labeler the number of an item that it does not label
 
     def __enter__(self) -> Coordinator:
         return self
@@ -67,6 +68,7 @@ class Coordinator:
     def label(self, items: Sequence[labeling.Item], config: LabelingConfig, stage: str) -> Any:
         """`config`'s labeler, answered by the oracle; saps is shown a score that falls into the third step."""
         annotated = []
+        items = [item for number, item in enumerate(items) if number != self.set_aside.get(config.labeler)]
         for question, trajectory in items:
             truth = true_labels(self.task, question, trajectory)
             assert truth
@@ -133,6 +135,28 @@ def test_the_line_of_json_holds_every_labeler_at_every_length(coordinator: Coord
         assert accuracies["saps"] == accuracies["shepherd"] == accuracies["omega"] == 1
         assert accuracies["outcome"] == pytest.approx(1 - 2 / int(length))
     assert coordinator.calls == ["sample", *["reset_prefix_cache", "label"] * 5] * 3
+
+
+def test_labels_are_compared_on_what_every_labeler_has_labelled(coordinator: Coordinator) -> None:
+    """Shepherd's own among them, which are the measure where there is no oracle."""
+    coordinator.set_aside = {"shepherd": 0, "saps": 2}
+    reporter, task, settings = _Silent(), Without(), load_config(RunConfig, labeling.CONFIG)
+    figures = labeling._compare(coordinator, reporter, settings, task, "test", COUNT, True)  # type: ignore[arg-type]
+    assert {name: (row["n"], row["checks"]) for name, row in figures.items()} == dict.fromkeys(TOKENS, (COUNT - 2, 1))
+    assert figures["saps"]["label_accuracy"] == figures["shepherd"]["label_accuracy"] == 1
+
+
+@pytest.mark.parametrize(("config", "count"), [("labeling.yaml", 300), ("gsm8k/qwen2.5-coder-0.5b-cpu.yaml", 40)])
+def test_fewer_trajectories_are_asked_of_a_real_model(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str, count: int
+) -> None:
+    settings, asked = load_config(RunConfig, labeling.CONFIG.parent / config), set[int]()
+    monkeypatch.setattr(labeling, "load_config", lambda *_: settings)
+    monkeypatch.setattr(labeling, "_compare", lambda *arguments: asked.add(arguments[5]))
+    monkeypatch.setattr(labeling, "_print", lambda _: None)
+    monkeypatch.setattr(labeling, "complete", lambda *_: RunDirectory(tmp_path))
+    CliRunner().invoke(labeling.main, catch_exceptions=False)
+    assert asked == {count}
 
 
 def test_the_table_sets_tokens_against_shepherd_and_omega(coordinator: Coordinator) -> None:
