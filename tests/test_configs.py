@@ -12,7 +12,8 @@ from sapo_ray.config_loader import ConfigError, load_config
 from sapo_ray.tasks import SPLITS, MathConfig, make_task
 from sapo_ray.training import LoraConfig
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -21,6 +22,17 @@ def test_a_config_loads(path: Path) -> None:
     if isinstance(config.task, MathConfig):
         assert make_task(config.task).prompt("1+1?")
         assert config.model.path
+
+
+def test_the_readmes_config_for_gpus_is_one(tmp_path: Path) -> None:
+    """In the checkout's root, where it is named; and its trainings are those of the config that it is to be like."""
+    found = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    (tmp_path / "mine.yaml").write_text(found[1])
+    config, like = load_config(RunConfig, tmp_path / "mine.yaml"), load_config(RunConfig, CONFIGS / "cluster.yaml")
+    assert config.engine.gpus_per_worker == 1
+    assert (config.sft, config.prm, config.align) == (like.sft, like.prm, like.align)
 
 
 def test_adapters_of_quantized_weights_need_gpus() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ FOLDER = Path(__file__).parents[2] / "cluster" / "ray-up"
 CLOUDS = ("aws", "gcp")
 ALL = (*CLOUDS, "on-premise")
 COMMANDS = ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+S3 = ("ListBucket", "GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload")
 
 
 def config(name: str) -> Any:
@@ -56,6 +58,16 @@ def test_nothing_secret_is_copied_to_the_nodes_or_written_down(name: str) -> Non
     assert "RAY_AUTH_TOKEN" not in (FOLDER / f"{name}.yaml").read_text()
     for start in (made["head_start_ray_commands"], made["worker_start_ray_commands"]):
         assert "RAY_AUTH_MODE=token" in start[-1]
+
+
+def test_the_page_makes_whom_the_gpu_nodes_of_a_cloud_are() -> None:
+    page = (FOLDER.parents[1] / "docs" / "aws-gcp.md").read_text(encoding="utf-8")
+    aws, gcp = (config(name)["available_node_types"]["gpu"]["node_config"] for name in CLOUDS)
+    assert f"create-instance-profile --instance-profile-name {aws['IamInstanceProfile']['Name']}\n" in page
+    assert f"--member serviceAccount:{gcp['serviceAccounts'][0]['email']}\n" in page
+    policies = [json.loads(policy) for policy in re.findall(r"-policy-document '([^']+)'", page)]
+    actions = [statement["Action"] for policy in policies for statement in policy["Statement"]]
+    assert actions == ["sts:AssumeRole", [f"s3:{do}" for do in S3], "iam:PassRole"]
 
 
 @pytest.mark.parametrize("name", ALL)
