@@ -18,7 +18,7 @@ BANDWIDTH = 0.6
 STEP_SECONDS = 0.003
 """Least time of an engine's step: scheduling and launching kernels."""
 REQUEST_SECONDS = 0.00023
-"""The coordinator's CPU time for a request: 2.3 ms for nine (docs/scaling.md)."""
+"""The coordinator's CPU time for a request: 2.1 ms for nine (docs/scaling.md)."""
 START_SECONDS = 60.0
 """Time until engines, or training workers, are up."""
 
