@@ -99,7 +99,7 @@ def test_with_null_engines_a_kill_in_every_stage_changes_no_byte(undisturbed: Ru
         if victim is None:
             continue
         run.wait_for_stage(before)
-        time.sleep(0.5)
+        time.sleep(0.2)
         run.kill_soon(victim, 60)
         killed.append(work)
         if victim == DRIVER:
