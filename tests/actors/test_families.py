@@ -137,29 +137,48 @@ def plain_scores(checkpoint: str, row: Encoded) -> list[float]:
 
 
 @pytest.mark.slow
-def test_vllm_writes_what_transformers_writes(init: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_writes_what_transformers_writes_after_its_start_and_after_a_reload(
+    init: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from actors.reasoner import environment
 
     prompts = [row.until(0).ids for row in encoded(init)]
     model = AutoModelForCausalLM.from_pretrained(init, attn_implementation="eager", dtype=torch.float32)
-    expected = []
-    for ids in prompts:
-        made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)
-        expected.append(made[0, len(ids) :].tolist())
+    expected = [written_by_transformers(model, prompts)]
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.copy_(weights.roll(1, 0))
+    other = init.with_name("other")
+    other.mkdir()
+    save_model(model, other)
+    expected.append(written_by_transformers(model, prompts))
+    assert expected[0] != expected[1]
     for name, value in environment(ENGINE).items():
         monkeypatch.setenv(name, value)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # whose end is the engine's
-        assert process.submit(written_by_vllm, str(init), prompts).result() == expected
+        assert process.submit(written_by_vllm, [str(init), str(other)], prompts).result() == expected
 
 
-def written_by_vllm(checkpoint: str, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens of an engine as rollout workers have it."""
+def written_by_transformers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens, one prompt at a time."""
+    made = [model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0] for ids in prompts]
+    return [tokens[len(ids) :].tolist() for tokens, ids in zip(made, prompts, strict=True)]
+
+
+def written_by_vllm(checkpoints: list[str], prompts: list[list[int]]) -> list[list[list[int]]]:
+    """Greedy tokens of an engine as rollout workers have it, started with the first checkpoint; it loads the others."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import tokens_input
 
     from actors.reasoner import engine_args
 
-    engine = LLM(**engine_args(ENGINE, checkpoint))
+    engine = LLM(**engine_args(ENGINE, checkpoints[0]))
     sampling = SamplingParams(temperature=0.0, max_tokens=12)
-    outputs = engine.generate([tokens_input(ids) for ids in prompts], sampling, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    found = []
+    for number, checkpoint in enumerate(checkpoints):
+        if number:
+            engine.collective_rpc("load_checkpoint", args=(checkpoint,))
+            engine.reset_prefix_cache()
+        outputs = engine.generate([tokens_input(ids) for ids in prompts], sampling, use_tqdm=False)
+        found.append([list(output.outputs[0].token_ids) for output in outputs])
+    return found
