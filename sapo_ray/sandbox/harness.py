@@ -4,10 +4,9 @@
 solution can neither read nor trace (it is not dumpable, and forked the child before the tests arrived) nor, as pid 1 of
 its namespace, signal. What a test asks of the solution goes to the child through a socket and comes back as plain data,
 of exactly these types: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict (of a subclass,
-such as Counter, the plain part). So an object that equals everything arrives as one that equals nothing else; patched
-builtins, exit hooks and faked output lie in a process that no one believes. Any other value stays with the child and
-the tests get a `Remote` in its place. What the solution answers, it may choose: tests that a table of answers passes
-are passed by one.
+such as Counter, the plain part). Any other value stays with the child and the tests get a `Remote` in its place. So an
+object that equals everything passes no comparison; patched builtins, exit hooks and faked output lie in a process that
+no one believes. What the solution answers, it may choose: tests that a table of answers passes are passed by one.
 
 This file is given to a bare interpreter as its program (`python -c`): it imports the standard library only, and little
 of that.
@@ -27,6 +26,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NoReturn
 
 _MESSAGE_BYTES = 16 * 2**20
@@ -115,8 +115,8 @@ class Channel:
             self._connection.settimeout(left)
 
 
-def encode(value: Any, refer: Callable[[Any], int]) -> Any:
-    """`value` as JSON holds it; what is not plain data is sent as the number that `refer` gives it."""
+def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
+    """`value` as JSON holds it; what is not plain data is sent as what `refer` makes of it."""
     if value is None or isinstance(value, (int, float, str)):
         return value
     for name, (kind, parts, _) in _KINDS.items():
@@ -127,8 +127,8 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     return ["ref", refer(value)]
 
 
-def decode(message: Any, resolve: Callable[[int], Any]) -> Any:
-    """The value that `encode` sent, a number turned back by `resolve`."""
+def decode(message: Any, resolve: Callable[[Any], Any]) -> Any:
+    """The value that `encode` sent, with what `refer` made turned back by `resolve`."""
     if not isinstance(message, list):
         return message
     name, parts = message
@@ -140,16 +140,18 @@ def decode(message: Any, resolve: Callable[[int], Any]) -> Any:
 
 
 class Remote:
-    """A value that stays with the solution: tests may call it, iterate over it, and read and set its attributes."""
+    """A value that stays with the solution: tests may iterate over it, read and set its attributes, and ask for its
+    truth, hash and text; call it or ask for its length where it has either (`_METHODS`).
+
+    Compared, it is itself and nothing else. A value with an == of its own could be anything, which the solution alone
+    would have to say: then the tests fail, whether they ask for == or for !=. What they compare it with is not sent.
+    """
 
     __slots__ = ("_ref", "_solution")
 
     def __init__(self, solution: Solution, ref: int) -> None:
         object.__setattr__(self, "_solution", solution)
         object.__setattr__(self, "_ref", ref)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._solution.ask("call", self, args, kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._solution.ask("list", self))
@@ -160,12 +162,48 @@ class Remote:
     def __setattr__(self, name: str, value: Any) -> None:
         self._solution.ask("set", self, name, value)
 
+    def __bool__(self) -> bool:
+        return self._solution.ask("truth", self) is True
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        for value in (self, other):
+            if isinstance(value, Remote) and self._solution.ask("compares", value) is not False:
+                raise SolutionError("fail", "a value of the solution that has an == of its own is compared")
+        return False
+
+    def __hash__(self) -> int:
+        code: int = self._solution.ask("hash", self)
+        return code
+
+    def __repr__(self) -> str:
+        text: str = self._solution.ask("repr", self)
+        return text
+
+    def __str__(self) -> str:
+        text: str = self._solution.ask("str", self)
+        return text
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "__call__": lambda self, *args, **kwargs: self._solution.ask("call", self, args, kwargs),
+    "__len__": lambda self: self._solution.ask("len", self),
+}
+"""What a `Remote` has only if its value has it, too: `callable` and its like look for them."""
+
+
+@cache
+def _kind(*methods: str) -> type[Remote]:
+    return type("Remote", (Remote,), {"__slots__": ()} | {name: _METHODS[name] for name in methods})
+
 
 class Solution:
     """The judge's end of the channel to the child. Nothing that comes out of it is trusted."""
 
     def __init__(self, child: int, channel: Channel, cpu_seconds: int) -> None:
         self._child, self._channel, self._cpu_seconds = child, channel, cpu_seconds
+        self._remotes: dict[int, Remote] = {}
 
     def ask(self, operation: str, *arguments: Any) -> Any:
         """What the child answers. Raises SolutionError with what it raised, or with how it ended."""
@@ -174,7 +212,7 @@ class Solution:
             self._channel.send(request)
             answer = self._channel.receive()
             if answer[0] == "value":
-                return decode(answer[1], lambda ref: Remote(self, ref))
+                return decode(answer[1], lambda value: self._remote(*value))
             _, name, text, number = answer
             raise SolutionError(_verdict(name, number), f"{name}: {text}")
         except TimeoutError:
@@ -183,6 +221,12 @@ class Solution:
             raise SolutionError(*self._end()) from None
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise SolutionError("violation", f"what the solution's process sent is no answer: {error}") from None
+
+    def _remote(self, ref: int, methods: list[str]) -> Remote:
+        """One for each value, so that `is` tells values apart."""
+        if ref not in self._remotes:
+            self._remotes[ref] = _kind(*methods)(self, ref)
+        return self._remotes[ref]
 
     def _end(self) -> tuple[str, str]:
         """How the child ended; one that only closed its channel is ended here."""
@@ -196,7 +240,7 @@ class Solution:
 
 
 def _ref(value: Any) -> int:
-    if type(value) is not Remote:
+    if not isinstance(value, Remote):
         raise TypeError(f"the tests pass a {type(value).__name__}, which is not plain data")
     return int(value._ref)
 
@@ -219,26 +263,48 @@ def judge(program: dict[str, Any], solution: Solution) -> tuple[str, str]:
     except SolutionError as error:
         return error.verdict, str(error)
     except AssertionError as error:
-        return "fail", f"{test}: {error}" if str(error) else test
+        return "fail", _told(test, error)
     except MemoryError:
         return "memory", "the tests need more than memory_mib with what the solution returned"
     except BaseException as error:
-        return "error", f"a test raised {type(error).__name__}: {error}"
+        return "error", _told(f"a test raised {type(error).__name__}", error)
     return "pass", ""
+
+
+def _told(what: str, error: BaseException) -> str:
+    """`what`, and the error's text where it has one: a value of the solution in it need not tell its own."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return f"{what}: {text}" if text else what
 
 
 def serve(channel: Channel) -> NoReturn:
     """The child: loads the solution, then does what the judge asks of it."""
     kept: list[Any] = []
+    refs: dict[int, int] = {}
 
-    def refer(value: Any) -> int:
-        kept.append(value)
-        return len(kept) - 1
+    def refer(value: Any) -> list[Any]:
+        ref = refs.setdefault(id(value), len(kept))
+        if ref == len(kept):
+            kept.append(value)
+        return [ref, [name for name in _METHODS if has(value, name)]]
+
+    def has(value: Any, method: str) -> bool:
+        """Whether its class, or one that it derives from but `object`, has the method."""
+        return any(method in vars(base) for base in type(value).__mro__[:-1])
 
     operations: dict[str, Callable[..., Any]] = {
         "load": load,
         "call": lambda function, args, kwargs: function(*args, **kwargs),
         "list": list,
+        "len": len,
+        "truth": bool,
+        "hash": hash,
+        "str": str,
+        "repr": repr,
+        "compares": lambda value: has(value, "__eq__") or has(value, "__ne__"),
         "get": getattr,
         "set": setattr,
     }

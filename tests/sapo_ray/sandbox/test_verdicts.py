@@ -87,6 +87,7 @@ def test_other_values_stay_with_the_solution(box: Sandbox) -> None:
         "assert a.next.value == 2",
         "assert a.next.next is None",
         "assert a.up(d=1) == 2",
+        "b = a.next; assert b is a.next and b == a.next and b != a and a not in [b, 1, None]",
     )
     assert judged(box, node, *tests) == ("pass", "")
     assert (
@@ -96,6 +97,38 @@ def test_other_values_stay_with_the_solution(box: Sandbox) -> None:
     assert judged(box, "def f(x): return lambda y: x + y", "assert f(1)(2) == 3") == ("pass", "")
     assert judged(box, "def f(x, kind): return kind(x)", "assert f('1', int) == 1") == ("pass", "")
     assert judged(box, "def f(g): return g(1)", "assert f(lambda x: x) == 1")[1].endswith("not plain data")
+
+
+@pytest.mark.parametrize(
+    ("value", "test", "wanted"),
+    [
+        ("Fraction(0)", "assert f()", "fail"),
+        ("Fraction(1)", "assert f()", "pass"),
+        ("deque()", "assert f()", "fail"),
+        ("range(0)", "assert not f()", "pass"),
+        ("deque([7])", "assert len(f()) == 1", "pass"),
+        ("deque([7])", "assert len(f()) != 1", "fail"),
+        ("Fraction(1)", "assert len(f()) == 0", "error"),
+        ("Fraction(5)", "assert f() == 5", "fail"),
+        ("Fraction(5)", "assert f() != 5", "fail"),
+        ("Fraction(5)", "assert not [f()] == [5]", "fail"),
+        ("Fraction(5)", "assert f() not in {5}", "fail"),
+        ("{Fraction(5), Fraction(6)}", "assert len(f()) == 2", "pass"),
+        ("iter(())", "assert f() != 5 and f() not in {5}", "pass"),
+        ("Fraction(1, 2)", "assert str(f()) == '1/2' and repr(f()) == 'Fraction(1, 2)'", "pass"),
+        ("Fraction(1, 2)", "assert str(f()) != '1/2'", "fail"),
+        ("deque()", "assert callable(f())", "fail"),
+        ("deque", "assert callable(f())", "pass"),
+    ],
+)
+def test_what_is_asked_of_other_values_is_true_of_them(box: Sandbox, value: str, test: str, wanted: str) -> None:
+    solution = f"from collections import deque\nfrom fractions import Fraction\ndef f(): return {value}"
+    assert judged(box, solution, test)[0] == wanted
+
+
+def test_a_value_that_cannot_be_printed_is_left_out_of_a_reason(box: Sandbox) -> None:
+    solution = "class f:\n    def __str__(self): return 7"
+    assert judged(box, solution, "assert 0, f()") == ("fail", "assert 0, f()")
 
 
 def test_tests_see_of_a_solution_only_what_they_name(box: Sandbox) -> None:
