@@ -16,7 +16,6 @@ from launch.progress import ConsoleReporter
 from launch.records import read_records
 from launch.session import ray_session
 from sapo_ray.annotator import Annotation, distinct
-from sapo_ray.cache import local_checkpoint
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import Question, Trajectory
@@ -24,7 +23,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.files import is_uri
 from sapo_ray.labelers import fixed_start_score, is_labelled
 from sapo_ray.limits import check_engine_length
-from sapo_ray.models import Calibration
+from sapo_ray.models import Calibration, reasoner_tokenizer
 from sapo_ray.store import RunDirectory, label_row, rollout_row, trajectory_of
 from sapo_ray.tasks import SPLITS, Task, make_task
 
@@ -67,11 +66,9 @@ def label(
         raise SapoError(f"--out {out} exists already; name a new directory")
     check_writable("--out", out)
     task = make_task(settings.task)
-    from transformers import AutoTokenizer
-
     from actors.client import CoordinatorClient
 
-    check_engine_length(settings, task, AutoTokenizer.from_pretrained(local_checkpoint(reasoner, weights=False)))
+    check_engine_length(settings, task, reasoner_tokenizer(reasoner, task.alphabet))
     items = read_trajectories(task, trajectories)
     chosen = [item for item in items if is_labelled(item[1], settings.labeling, settings.seed)]
     if not chosen:

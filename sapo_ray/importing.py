@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sapo_ray.errors import SapoError, told
 from sapo_ray.files import Folder
 from sapo_ray.gguf_model import load_gguf
-from sapo_ray.models import parameter_count, save_model
+from sapo_ray.models import check_end, parameter_count, save_model
 
 if TYPE_CHECKING:
     import torch
@@ -156,15 +156,13 @@ def _check(folder: Path, source: str) -> PreTrainedTokenizerBase:
 
     Raises SapoError where it is none.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
         raise SapoError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}); name another model")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        stated = (folder / "generation_config.json").is_file()
-        generation = GenerationConfig.from_pretrained(folder) if stated else config
     except Exception as error:  # of the library, over whatever the files hold
         raise SapoError(f"{source} cannot be used by transformers: {told(error)}; name another model") from error
     architecture = (config.architectures or ["no architecture"])[0]
@@ -172,12 +170,7 @@ def _check(folder: Path, source: str) -> PreTrainedTokenizerBase:
         raise SapoError(f"{source} holds {architecture}; a …ForCausalLM is needed")
     if getattr(config, "quantization_config", None):
         raise SapoError(f"{source} is quantized, so that it cannot be trained; name the model it was made from")
-    ends = generation.eos_token_id
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
-        raise SapoError(
-            f"{source}: its tokenizer ends texts with {tokenizer.eos_token} ({tokenizer.eos_token_id}), but generation "
-            f"ends at {ends}; name a model whose generation_config.json agrees with its tokenizer"
-        )
+    check_end(tokenizer, folder, source)
     return tokenizer
 
 

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Literal
 
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.config_loader import changeable
-from sapo_ray.errors import SapoError
+from sapo_ray.errors import SapoError, told
 from sapo_ray.files import Folder
 from sapo_ray.manifest import recorded
 
 CALIBRATION_FILE = "calibration.json"
 CALIBRATION_ROWS = 1000
 """Most labelled trajectories that a verifier's start score is taken over."""
+
+_STEPS = ["Let x  = 1:\n", "    x + 1 = 2\n\n", "#### 2"]
+"""Steps by which a tokenizer is tried."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2Tokenizer
@@ -197,16 +200,55 @@ def parameter_count(checkpoint: str | Path) -> int:
 def base_tokenizer(config: ModelConfig, alphabet: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model that the config names, or describes for a task with an alphabet.
 
-    Raises SapoError where there is none.
+    Raises SapoError where there is none, or none that solutions can be written with.
     """
     if config.path is not None:
         if not Folder(config.path).has("config.json"):
-            raise SapoError(f"model.path {config.path} is no checkpoint directory: config.json is missing")
-        from transformers import AutoTokenizer
-
-        path = local_checkpoint(config.path, weights=False)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        return tokenizer
+            raise SapoError(
+                f"model.path {config.path} is no checkpoint directory: config.json is missing; "
+                "`sapo model import` makes one"
+            )
+        return reasoner_tokenizer(config.path, alphabet)
     if alphabet is None:
         raise SapoError("model.path is null; a task without an alphabet of its own needs a model: name a checkpoint")
     return character_tokenizer(alphabet, config.max_length)
+
+
+def reasoner_tokenizer(checkpoint: str, alphabet: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, for solutions that are encoded step by step and ended by a token.
+
+    Raises SapoError where it changes the text of steps (of the `alphabet`, where a task has one), or has no such token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(local_checkpoint(checkpoint, weights=False))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    check_end(tokenizer, folder, checkpoint)
+    steps = _STEPS if alphabet is None else [alphabet, alphabet]
+    encoded = tokenizer(steps, add_special_tokens=False)["input_ids"]
+    decoded = tokenizer.decode([token for ids in encoded for token in ids], clean_up_tokenization_spaces=False)
+    if decoded != "".join(steps):
+        raise SapoError(
+            f"{checkpoint}: its tokenizer, given the steps {steps} one by one, makes {decoded!r} of them; those that "
+            "put a space before every text (as Llama 2's and Mistral's do) cannot be used: name another model"
+        )
+    return tokenizer
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:
+    """Raises SapoError where the tokenizer of a checkpoint in `folder` has no token that ends a solution, or where its
+    generation_config.json, if it has one, does not stop there. `name` is what a person calls the checkpoint."""
+    end, stated = tokenizer.eos_token_id, folder / "generation_config.json"
+    if end is None:
+        raise SapoError(f"{name}: its tokenizer has no end-of-sequence token, which ends solutions; name another model")
+    if not stated.is_file():
+        return
+    try:
+        ends = json.loads(stated.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise SapoError(f"{name}: its generation_config.json cannot be read: {told(error)}") from error
+    if end not in (ends if isinstance(ends, list) else [ends]):
+        raise SapoError(
+            f"{name}: its tokenizer ends texts with {tokenizer.eos_token} ({end}), but generation ends at {ends}; name "
+            "a model whose generation_config.json agrees with its tokenizer"
+        )

@@ -123,7 +123,10 @@ def _tree(folder: Path) -> list[Path]:
             ["task.kind=custom", "task.name=none"],
             "task.name is none, but the entry points of the group sapo_ray.tasks ",
         ),
-        (["model.path=FILES/absent"], "model.path FILES/absent is no checkpoint directory: config.json is missing"),
+        (
+            ["model.path=FILES/absent"],
+            "model.path FILES/absent is no checkpoint directory: config.json is missing; `sapo model import` makes one",
+        ),
         (["task.pol=1"], "command line: task.pol is not a key; did you mean task.pool?"),
         (["task.worked=100000000"], "task.worked is 100000000, but only "),
         (

@@ -192,7 +192,7 @@ with ray_session(load_config(RunConfig, "{TINY}")):
 def test_a_job_that_fails_says_why(cluster: Cluster, tmp_path: Path) -> None:
     result = cluster.submit(f"run_dir={tmp_path}", "model.path=/nowhere")
     assert (result.returncode, json.loads(result.stdout)["exit_status"]) == (2, 2)
-    cause = "model.path /nowhere is no checkpoint directory: config.json is missing"
+    cause = "model.path /nowhere is no checkpoint directory: config.json is missing; `sapo model import` makes one"
     assert result.stderr.splitlines()[-2:] == [
         f"error: {cause}",
         f"error: job {json.loads(result.stdout)['job']}: {cause}",

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase, Qwen2Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    TokenizersBackend,
+)
 
 from sapo_ray.errors import SapoError
-from sapo_ray.models import Calibration, ModelConfig, attention, parameter_count, save_random_reasoner
+from sapo_ray.models import Calibration, ModelConfig, attention, base_tokenizer, parameter_count, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY
 
 CONFIG = ModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=24, max_length=64)
@@ -93,3 +103,48 @@ def test_a_directory_without_weights_has_none_to_count(tmp_path: Path) -> None:
 def test_impossible_configs_are_named(keys: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=f"^{named}"):
         ModelConfig(**keys)  # type: ignore[arg-type]
+
+
+def test_what_ends_a_text_must_be_known_and_end_generation(tmp_path: Path) -> None:
+    save_random_reasoner(CONFIG, VOCABULARY, 1, tmp_path)
+    config, stated = ModelConfig(path=str(tmp_path)), tmp_path / "generation_config.json"
+    for ends in ("1", "[7, 1]"):
+        stated.write_text(f'{{"eos_token_id": {ends}}}')
+        assert base_tokenizer(config, VOCABULARY).eos_token_id == 1
+    for ends in ("7", "[7, 8]", "null"):
+        stated.write_text(f'{{"eos_token_id": {ends}}}')
+        with pytest.raises(
+            SapoError, match=rf"^{tmp_path}: its tokenizer ends texts with <eos> \(1\), but generation "
+        ):
+            base_tokenizer(config, VOCABULARY)
+    stated.write_text("{")
+    with pytest.raises(SapoError, match=rf"^{tmp_path}: its generation_config.json cannot be read: "):
+        base_tokenizer(config, VOCABULARY)
+    endless = spaced_tokenizer("never")
+    endless.eos_token = None
+    with pytest.raises(SapoError, match=rf"^{tmp_path}/x: its tokenizer has no end-of-sequence token"):
+        saved_and_loaded(endless, tmp_path / "x")
+
+
+@pytest.mark.parametrize(("prepend", "usable"), [("never", True), ("first", False), ("always", False)])
+def test_a_tokenizer_that_puts_a_space_before_every_text_is_refused(tmp_path: Path, prepend: str, usable: bool) -> None:
+    if usable:
+        saved_and_loaded(spaced_tokenizer(prepend), tmp_path)
+        return
+    with pytest.raises(SapoError, match=rf"^{tmp_path}: its tokenizer, given the steps .* makes .*n #### 2' of them; "):
+        saved_and_loaded(spaced_tokenizer(prepend), tmp_path)
+
+
+def spaced_tokenizer(prepend: str) -> PreTrainedTokenizerBase:
+    """Like sentencepiece's: it writes spaces as ▁, and may put one before a text."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    backend.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    backend.train_from_iterator(list(string.printable), trainers.BpeTrainer(special_tokens=["<unk>", "</s>"]))
+    return TokenizersBackend(tokenizer_object=backend, eos_token="</s>")
+
+
+def saved_and_loaded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    LlamaConfig().save_pretrained(folder)
+    base_tokenizer(ModelConfig(path=str(folder)), None)
