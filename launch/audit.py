@@ -11,7 +11,7 @@ import click
 
 from launch.checks import Existing
 from sapo_ray.audit import audit as audit_labels
-from sapo_ray.audit import audit_answers, audit_pairs, audit_predictions
+from sapo_ray.audit import audit_answers, audit_pairs, audit_predictions, audit_rollouts
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory
@@ -32,8 +32,8 @@ from sapo_ray.tasks.base import Split
 @click.pass_context
 def audit(ctx: click.Context, run_dir: str, no_programs: bool, as_json: bool) -> None:
     """Re-derive every label of RUN from its stored rollouts, every predicted first error from its scores, every answer
-    from its steps and every pair from its solutions and their scores; look for anything stored twice or missing.
-    Programs are run again, and once more where the verdict is another.
+    of a sample or rollout from its steps and every pair from its solutions and their scores; look for anything stored
+    twice or missing. Programs are run again, and once more where the verdict is another.
 
     Exits with 1 if something does not follow.
 
@@ -88,6 +88,8 @@ class RunAudit:
         for row in labelled:
             lost = [name for estimate in row.estimates for name in estimate.rollout_ids if name not in known]
             yield from (f"{row.trajectory.id}: its rollout {name} is not stored" for name in lost)
+        yield from self._parents(number, labelled)
+        yield from audit_rollouts(rollouts, labelled, self._task.questions("pool"), self._task, self._sandbox)
         yield from audit_labels(labelled, rollouts, self._config.labeling)
         if number and labelled:
             yield from self._predictions(number, labelled)
@@ -97,6 +99,14 @@ class RunAudit:
         yield from self._repeated(number, kind, made)
         samples = map(trajectory_of, self._store.read(number, kind))
         yield from audit_answers(samples, self._task.questions(split), self._task, self._sandbox)
+
+    def _parents(self, number: int, labelled: Sequence[LabelledTrajectory]) -> Iterator[str]:
+        """Are the trajectories in labels, but for expanded ones, those that were sampled, or worked solutions?"""
+        kinds: tuple[Kind, ...] = ("trajectories",) if number else ("trajectories", "original")
+        known = {t.id: t for kind in kinds for t in map(trajectory_of, self._store.read(number, kind))}
+        for row in labelled:
+            if row.parent_id is None and known.get(row.trajectory.id) != row.trajectory:
+                yield f"{row.trajectory.id}: its row in labels is not that of a trajectory of this round"
 
     def _repeated(self, number: int, kind: Kind, made: int | None = None) -> Iterator[str]:
         """Is each row stored once, and are they as many as were made, where that is known?"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from sapo_ray.annotator import Annotation, distinct
 from sapo_ray.data import Estimate, LabelledTrajectory, PreferencePair, Question, Rollout, Trajectory
@@ -85,6 +86,36 @@ def audit_answers(
                 f"{trajectory.id}: its answer {trajectory.answer!r} is {_verdict(trajectory.correct)}, "
                 f"but its steps come to {answer!r}, which is {_verdict(correct)}"
             )
+
+
+def audit_rollouts(
+    rollouts: Sequence[Rollout],
+    labelled: Iterable[LabelledTrajectory],
+    questions: Iterable[Question],
+    task: Task,
+    sandbox: Sandbox | None = None,
+) -> Iterator[str]:
+    """One line for every rollout of a trajectory that is not labelled, or whose answer is not what its prefix and its
+    steps come to. Programs are run again as by `audit_answers`."""
+    parents = {row.trajectory.id: row.trajectory for row in labelled if row.parent_id is None}
+    whole = list[Trajectory]()
+    for rollout in rollouts:
+        parent = parents.get(rollout.trajectory_id)
+        if parent is None:
+            yield f"{rollout.id}: {rollout.trajectory_id} is no trajectory that is labelled here"
+            continue
+        whole.append(
+            replace(
+                parent,
+                id=rollout.id,
+                question_id=rollout.question_id,
+                steps=parent.steps[: rollout.branch_step + 1] + rollout.steps,
+                answer=rollout.answer,
+                correct=rollout.correct,
+                truncated=rollout.truncated,
+            )
+        )
+    yield from audit_answers(whole, questions, task, sandbox)
 
 
 def audit_pairs(

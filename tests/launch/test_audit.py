@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,15 @@ from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory, label_row, pair_row, rollout_row, trajectory_row
 from sapo_ray.tasks.chain import Chain, ChainConfig
 
-WRONG = Trajectory("w", "q", "?", ("a", "b", "c"), "9", correct=False)
-ROLLOUTS = [Rollout(f"w/{step}/0", "w", "q", step, 0, ("8",), "8", step == 0, False, True) for step in (0, 1)]
+SIZES = {"worked": 2, "pool": 1, "validation": 1, "test": 0, "ood": 0}
+TASK = Chain(ChainConfig(**SIZES))
+(QUESTION,) = TASK.questions("pool")
+GOLD, MISS = QUESTION.answer, str((int(QUESTION.answer) + 1) % 10)
+WRONG = Trajectory("w", QUESTION.id, QUESTION.text, ("a", "b", f"={MISS}"), MISS, correct=False)
+ROLLOUTS = [
+    Rollout(f"w/{step}/0", "w", QUESTION.id, step, 0, (f"={answer}",), answer, answer == GOLD, False, True)
+    for step, answer in enumerate((GOLD, MISS))
+]
 LABELLED = LabelledTrajectory(
     WRONG,
     "saps",
@@ -32,19 +39,20 @@ LABELLED = LabelledTrajectory(
     estimates=(Estimate(0, 1, 1, 1, ("w/0/0",)), Estimate(1, 0, 0, 1, ("w/1/0",))),
     case="a",
 )
+CONFIG = f"rounds: 1\ntask: {json.dumps(SIZES)}\n"
 NO_CALIBRATION = "has no calibration.json, without which no prediction can be derived again"
-CHECKED = {"trajectories": 0, "labels": 1, "rollouts": 2}
+CHECKED = {"trajectories": 1, "labels": 1, "rollouts": 2}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     store = RunDirectory(tmp_path / "run")
     store.create()
-    (store.path / "config.yaml").write_text("rounds: 1\nlabeling: {rollouts: 1, expand: false}\n")
-    with closing(store.writer(1, "labels")) as labels, closing(store.writer(1, "rollouts")) as rollouts:
-        labels.extend([label_row(LABELLED)])
-        rollouts.extend(map(rollout_row, ROLLOUTS))
-    store.finish("round-1/sample", {"trajectories": {"sampled": 0}, "labels": 1})
+    (store.path / "config.yaml").write_text(CONFIG + "labeling: {rollouts: 1, expand: false}\n")
+    write(store, 1, "trajectories", [trajectory_row(WRONG)])
+    write(store, 1, "labels", [label_row(LABELLED)])
+    write(store, 1, "rollouts", map(rollout_row, ROLLOUTS))
+    store.finish("round-1/sample", {"trajectories": {"sampled": 1}, "labels": 1})
     return store
 
 
@@ -72,18 +80,53 @@ def test_rows_that_are_gone_are_missed(run: RunDirectory) -> None:
     run.finish("round-1/sample", {"trajectories": {"sampled": 3}, "labels": 2})
     result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
     assert json.loads(result.stdout)["problems"] == [
-        "round 1: trajectories: 0 rows are stored, but 3 were made",
+        "round 1: trajectories: 1 rows are stored, but 3 were made",
         "round 1: labels: 1 rows are stored, but 2 were made",
     ]
 
 
 def test_a_start_score_in_the_config_needs_no_verifier(run: RunDirectory) -> None:
-    (run.path / "config.yaml").write_text("rounds: 1\nlabeling: {rollouts: 1, expand: false, start_score: 0.8}\n")
+    (run.path / "config.yaml").write_text(CONFIG + "labeling: {rollouts: 1, expand: false, start_score: 0.8}\n")
     result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
     assert json.loads(result.stdout) == {"checked": CHECKED, "problems": []}
 
 
-def write(store: RunDirectory, number: int, kind: Kind, rows: Sequence[Mapping[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("rollout", "damage", "problem"),
+    [
+        (0, {"steps": (f"={MISS}",)}, f"answer '{GOLD}' is right, but its steps come to '{MISS}', which is wrong"),
+        (1, {"steps": (f"={GOLD}",)}, f"answer '{MISS}' is wrong, but its steps come to '{GOLD}', which is right"),
+        (1, {"answer": None}, f"answer None is wrong, but its steps come to '{MISS}', which is wrong"),
+        (1, {"truncated": True}, f"answer '{MISS}' is wrong, but its steps come to None, which is wrong"),
+        (1, {"question_id": "q"}, "q is no question that is sampled here"),
+    ],
+)
+def test_a_rollout_that_was_tampered_with_is_found(
+    run: RunDirectory, rollout: int, damage: Mapping[str, Any], problem: str
+) -> None:
+    """Labels and estimates follow from what it is said to have reached."""
+    run.write_file(f"checkpoints/verifier-0/{CALIBRATION_FILE}", Calibration(0.8, 0.5).text())
+    rollouts = [replace(one, **damage) if i == rollout else one for i, one in enumerate(ROLLOUTS)]
+    write(run, 1, "rollouts", map(rollout_row, rollouts))
+    result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
+    (found,) = json.loads(result.stdout)["problems"]
+    assert found.startswith(f"round 1: w/{rollout}/0: ")
+    assert found.endswith(problem)
+
+
+def test_a_label_of_a_trajectory_that_is_another_or_gone_is_found(run: RunDirectory) -> None:
+    run.write_file(f"checkpoints/verifier-0/{CALIBRATION_FILE}", Calibration(0.8, 0.5).text())
+    write(run, 1, "trajectories", [trajectory_row(replace(WRONG, steps=("c", "b", f"={MISS}")))])
+    result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
+    assert json.loads(result.stdout)["problems"] == [
+        "round 1: w: its row in labels is not that of a trajectory of this round"
+    ]
+    write(run, 1, "rollouts", [rollout_row(replace(ROLLOUTS[0], trajectory_id="v"))])
+    result = CliRunner().invoke(cli, ["audit", str(run.path), "--json"])
+    assert "round 1: w/0/0: v is no trajectory that is labelled here" in json.loads(result.stdout)["problems"]
+
+
+def write(store: RunDirectory, number: int, kind: Kind, rows: Iterable[Mapping[str, Any]]) -> None:
     with closing(store.writer(number, kind)) as writer:
         writer.extend(rows)
 
@@ -91,13 +134,12 @@ def write(store: RunDirectory, number: int, kind: Kind, rows: Sequence[Mapping[s
 def test_validation_samples_and_pairs_that_were_tampered_with_are_found(tmp_path: Path) -> None:
     store = RunDirectory(tmp_path / "run")
     store.create()
-    (store.path / "config.yaml").write_text("rounds: 1\n")
-    task = Chain(ChainConfig())
-    fixed = replace(original_trajectory(task.questions("worked")[0]), id="v", source="sampled")
-    question = task.questions("validation")[0]
+    (store.path / "config.yaml").write_text(CONFIG)
+    fixed = replace(original_trajectory(TASK.questions("worked")[0]), id="v", source="sampled")
+    question = TASK.questions("validation")[0]
     fixed = replace(fixed, question_id=question.id, question=question.text)
     fixed = replace(fixed, correct=fixed.answer == question.answer)
-    right = original_trajectory(task.questions("worked")[1])
+    right = original_trajectory(TASK.questions("worked")[1])
     wrong = replace(right, id="w", steps=("x",), answer=None, correct=False, source="sampled")
     (pair,) = map(pair_row, make_pairs([right, wrong], {right.id: 0.7, "w": 0.1}, PairsConfig()))
     write(store, 0, "validation", [trajectory_row(fixed)])
