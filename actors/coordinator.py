@@ -261,10 +261,11 @@ class Coordinator:
         stream = self._engines.stream(work, lambda item: answer(self._sampler, item[0], stage, item[1]))
         answered = [result async for _, result in stream]
         of_test = {question.id for question in test}
+        agree = None if self._config.runs_programs else self._task.is_correct
         on_test = [a for a in answered if a.question.id in of_test]
         return self._notes(
-            test=reasoner_report(on_test),
-            ood=reasoner_report([a for a in answered if a.question.id not in of_test]),
+            test=reasoner_report(on_test, agree),
+            ood=reasoner_report([a for a in answered if a.question.id not in of_test], agree),
             verifier=await self._evaluate_verifier(on_test) if self._engines.has_verifier else None,
             correct=[a.greedy.correct for a in on_test],
         )

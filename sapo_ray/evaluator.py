@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -24,6 +24,9 @@ from sapo_ray.metrics import (
 from sapo_ray.sampler import Sampler
 from sapo_ray.tasks.base import Task
 
+Agree = Callable[[str, str], bool]
+"""Whether two answers mean the same."""
+
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
@@ -32,7 +35,7 @@ class EvaluationConfig:
     ood: int = 200
     """Longer test questions answered after every round (0: all)."""
     samples: int = 8
-    """Sampled answers per test question, for sampled accuracy, pass@k, majority and best-of-N."""
+    """Sampled answers per test question, for sampled accuracy, pass@k, majority (not of programs) and best-of-N."""
     sampled_questions: int = 200
     """How many of the test questions are sampled."""
     verification: int = 200
@@ -65,8 +68,11 @@ async def answer(sampler: Sampler, question: Question, stage: str, samples: int)
     return Sampled(question, greedy[0], tuple(drawn))
 
 
-def reasoner_report(answered: Sequence[Sampled]) -> dict[str, Any]:
-    """Greedy accuracy with its 95% interval, and over the sampled questions accuracy, pass@k and majority accuracy."""
+def reasoner_report(answered: Sequence[Sampled], agree: Agree | None) -> dict[str, Any]:
+    """Greedy accuracy with its 95% interval, and over the sampled questions accuracy, pass@k and majority accuracy.
+
+    `agree` says which answers the majority counts as one. None: they are programs, whose majority is not told.
+    """
     greedy = [a.greedy.correct for a in answered]
     sampled = [a for a in answered if a.samples]
     k = len(sampled[0].samples) if sampled else None
@@ -78,7 +84,7 @@ def reasoner_report(answered: Sequence[Sampled]) -> dict[str, Any]:
         "sampled_accuracy": fmean(h / k for h in hits) if k else None,
         "k": k,
         "pass_at_k": fmean(pass_at_k(h, k, k) for h in hits) if k else None,
-        "majority_accuracy": fmean(_majority_is_right(a) for a in sampled) if k else None,
+        "majority_accuracy": fmean(_majority_is_right(a, agree) for a in sampled) if k and agree else None,
         "repetitiveness": repetitiveness([s for a in sampled for s in a.samples]),
     }
 
@@ -165,6 +171,11 @@ def verifier_report(
     return step_report(known, start_score, threshold, allow_first_step)
 
 
-def _majority_is_right(answered: Sampled) -> float:
-    majority = majority_answer([s.answer for s in answered.samples])
-    return float(any(s.correct for s in answered.samples if s.answer == majority)) if majority is not None else 0.0
+def _majority_is_right(answered: Sampled, agree: Agree) -> float:
+    """All right answers agree with the gold answer, so none of them is compared with another."""
+    right = {s.answer for s in answered.samples if s.correct}
+
+    def alike(answer: str, other: str) -> bool:
+        return (answer in right) == (other in right) and (answer in right or agree(answer, other))
+
+    return float(majority_answer([s.answer for s in answered.samples], alike) in right)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from sapo_ray.data import MASKED, LabelledTrajectory, Trajectory
@@ -32,9 +32,18 @@ def pass_at_k(successes: int, n: int, k: int) -> float:
     return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
 
 
-def majority_answer(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer, the earliest of equals; None where no sample answers."""
-    counts = Counter(answer for answer in answers if answer is not None)
+def majority_answer(answers: Sequence[str | None], agree: Callable[[str, str], bool]) -> str | None:
+    """The most frequent answer, the earliest of equals; None where no sample answers.
+
+    Answers that `agree` count together, as the first of them; of equal texts this is not asked.
+    """
+    counts, stand_in = Counter[str](), dict[str, str]()
+    for answer in answers:
+        if answer is None:
+            continue
+        if answer not in stand_in:
+            stand_in[answer] = next((other for other in counts if agree(answer, other)), answer)
+        counts[stand_in[answer]] += 1
     return counts.most_common(1)[0][0] if counts else None
 
 

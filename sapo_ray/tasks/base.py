@@ -51,7 +51,7 @@ class Task(Protocol):
         """The final answer a solution states, or None."""
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
-        """Whether an answer agrees with the gold answer. None never does. Not asked where there is a `program`."""
+        """Whether an answer agrees with the gold answer, or with another. None never does. Not asked of programs."""
 
     def program(self, answer: str | None, gold: str) -> Program | None:
         """Where answers are programs: the one whose verdict says whether the answer is right. None: `is_correct` says

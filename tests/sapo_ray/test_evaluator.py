@@ -24,6 +24,7 @@ from sapo_ray.metrics import accuracy_interval
 from sapo_ray.models import character_tokenizer
 from sapo_ray.requests import Completion, GenerateRequest
 from sapo_ray.sampler import Sampler, SamplingConfig, Solver
+from sapo_ray.tasks.answers import same_answer
 from sapo_ray.tasks.base import OracleLabels
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
 
@@ -61,7 +62,7 @@ def test_one_question_is_answered_greedily_and_by_sampling() -> None:
 
 def test_reasoner_report_by_hand() -> None:
     answered = [sampled(True, "5565"), sampled(False, "6655"), sampled(True, "----"), sampled(True, "")]
-    assert reasoner_report(answered) == {
+    assert reasoner_report(answered, str.__eq__) == {
         "greedy_accuracy": 0.75,
         "n": 4,
         "ci95": accuracy_interval(3, 4),
@@ -73,8 +74,26 @@ def test_reasoner_report_by_hand() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("answers", "right"),
+    [
+        (("18", "$18", "18.00", "17", "17"), 1.0),
+        (("18", "17", "$17", "17.0"), 0.0),
+        (("1/2", "2", "50%", "2", "0.5"), 1.0),
+        (("7", None, None), 0.0),
+        ((None,), 0.0),
+    ],
+)
+def test_a_majority_is_of_answers_that_the_task_calls_equal(answers: tuple[str | None, ...], right: float) -> None:
+    gold = "18" if "18" in answers else "1/2"
+    samples = tuple(solution("s", a, correct=a is not None and same_answer(a, gold)) for a in answers)
+    answered = [Sampled(QUESTION, samples[0], samples)]
+    assert reasoner_report(answered, same_answer)["majority_accuracy"] == right
+    assert reasoner_report(answered, None)["majority_accuracy"] is None
+
+
 def test_without_questions_or_samples_figures_are_null() -> None:
-    assert set(reasoner_report([]).items()) == {
+    assert set(reasoner_report([], str.__eq__).items()) == {
         ("greedy_accuracy", None),
         ("n", 0),
         ("ci95", None),
@@ -84,7 +103,7 @@ def test_without_questions_or_samples_figures_are_null() -> None:
         ("majority_accuracy", None),
         ("repetitiveness", None),
     }
-    assert reasoner_report([sampled(True, "")])["sampled_accuracy"] is None
+    assert reasoner_report([sampled(True, "")], str.__eq__)["sampled_accuracy"] is None
     assert best_of_n_accuracy([sampled(True, "")], {}) is None
 
 

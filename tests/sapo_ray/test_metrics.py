@@ -79,7 +79,19 @@ def test_pass_at_k_needs_k_samples(k: int) -> None:
     [(["3", "5", "5", None], "5"), (["3", "5"], "3"), ([None, None, "4"], "4"), ([None], None), ([], None)],
 )
 def test_majority_is_the_most_frequent_answer(answers: list[str | None], expected: str | None) -> None:
-    assert majority_answer(answers) == expected
+    assert majority_answer(answers, str.__eq__) == expected
+
+
+def test_answers_that_agree_count_together() -> None:
+    """As the first of them, and each text is compared once."""
+    asked: list[tuple[str, str]] = []
+
+    def agree(answer: str, other: str) -> bool:
+        asked.append((answer, other))
+        return float(answer) == float(other)
+
+    assert majority_answer(["3", "18", "3", "18.0", "18.0", "3", "18.0", "5", "5"], agree) == "18"
+    assert asked == [("18", "3"), ("18.0", "3"), ("18.0", "18"), ("5", "3"), ("5", "18")]
 
 
 def test_first_zero() -> None:
