@@ -82,7 +82,7 @@ class Process:
         )
         hanging = PoolConfig(cpus_per_worker=0)
         self.hanging: ElasticPool[Ask, str] = ElasticPool(
-            "hanging", actor.remote, "echo", hanging, ScalingConfig(hang_after=5)
+            "hanging", actor.remote, "echo", hanging, ScalingConfig(start_within=5)
         )
         self.publishing = asyncio.create_task(self.publish())
         await self.hanging.load("any")
