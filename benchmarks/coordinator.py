@@ -48,7 +48,7 @@ from sapo_ray.sampler import SamplingConfig
 from sapo_ray.store import RunDirectory
 from sapo_ray.tasks.chain import VOCABULARY, ChainConfig
 
-PROCESSES = 2  # and one of verifiers: few, which leave the coordinator more of two cores than more of them would
+PROCESSES = 2  # and one of verifiers; more of them would leave the coordinator less of two cores
 SEQUENCES = 64
 TOKEN_SECONDS = 0.004
 TOKENS_IN_ONE = 2.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -12,6 +12,7 @@ from sapo_ray.data import MASKED, Question, Trajectory
 from sapo_ray.labelers import first_error
 from sapo_ray.labelers.base import candidates
 from sapo_ray.metrics import (
+    Agree,
     accuracy_interval,
     auroc,
     brier,
@@ -23,9 +24,6 @@ from sapo_ray.metrics import (
 )
 from sapo_ray.sampler import Sampler
 from sapo_ray.tasks.base import Task
-
-Agree = Callable[[str, str], bool]
-"""Whether two answers mean the same."""
 
 
 @dataclass(kw_only=True)

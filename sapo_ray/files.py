@@ -143,6 +143,7 @@ class Folder:
         def one(file: str) -> None:
             if self.path is not None:
                 (self.path / name / file).parent.mkdir(parents=True, exist_ok=True)
+                _flush(str(source / file))
                 os.replace(source / file, self.path / name / file)
             else:
                 _copy(str(source / file), self._at(f"{name}/{file}"), _LOCAL, self._files)

@@ -14,6 +14,9 @@ from statistics import fmean
 
 from sapo_ray.data import MASKED, LabelledTrajectory, Trajectory
 
+Agree = Callable[[str, str], bool]
+"""Whether two answers mean the same."""
+
 
 def accuracy_interval(successes: int, n: int) -> list[float] | None:
     """The 95% Wilson interval of a success rate; None without trials."""
@@ -32,7 +35,7 @@ def pass_at_k(successes: int, n: int, k: int) -> float:
     return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
 
 
-def majority_answer(answers: Sequence[str | None], agree: Callable[[str, str], bool]) -> str | None:
+def majority_answer(answers: Sequence[str | None], agree: Agree) -> str | None:
     """The most frequent answer, the earliest of equals; None where no sample answers.
 
     Answers that `agree` count together, as the first of them; of equal texts this is not asked.

@@ -1,8 +1,9 @@
 """Tiny twins of the paper's grid: each of its configs, with a random two-layer model of its architecture, without GPUs.
 
-What the configs say of data, prompts, placement, DeepSpeed, dtypes and rounds stays as it is. What is changed is what
-the machine asks for, and sizes. No model can know the answers: each is one of two, by no rule. So a model that has
-learned to answer at all is right now and then, and every stage has something to work on.
+What the configs say of prompts, steps, placement, DeepSpeed and dtypes stays as it is. What is changed is what the
+machine asks for, where data come from (without an `ood` split), and sizes: one round, more epochs, higher rates. No
+model can know the answers: each is one of two, by no rule. So a model that has learned to answer at all is right now
+and then, and every stage has something to work on.
 """
 
 from __future__ import annotations
