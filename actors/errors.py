@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
+
 from sapo_ray.errors import SapoError
+
+KILLED = (RayActorError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray says of a call whose actor is dead; the second where its memory monitor has killed it."""
 
 
 class WorkerError(SapoError):
@@ -27,3 +32,7 @@ class QuarantinedError(SapoError):
     def __init__(self, request_id: str, kills: int, cause: str, log_tail: str) -> None:
         super().__init__(f"request {request_id} is set aside: {kills} workers died over it; the last: {cause}")
         self.request_id, self.cause, self.log_tail = request_id, cause, log_tail
+
+
+DEATHS = (*KILLED, EngineDeadError)
+"""What a pool takes for the death of a worker."""

@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 
-from actors.errors import AnswerLostError, EngineDeadError, HungError, QuarantinedError, WorkerError
+from actors.errors import DEATHS, KILLED, AnswerLostError, EngineDeadError, HungError, QuarantinedError, WorkerError
 from actors.logs import about
 from actors.worker import Place, log_tail
 from sapo_ray.errors import one_line, told
@@ -89,6 +89,7 @@ class _Waiting(Generic[Request, Result]):
     request: Request
     result: asyncio.Future[Result]
     kills: int = 0
+    lost_nodes: int = 0
     sent: float = 0.0
     holders: list[_Worker] = field(default_factory=list)
 
@@ -133,7 +134,7 @@ class ElasticPool(Generic[Request, Result]):
         self._changed = asyncio.Event()
         self._broken: WorkerError | None = None
         self._failed_starts = self._set_aside_in_a_row = 0
-        self._was_up, self._rest_until = False, 0.0
+        self._was_up, self._rest_until = False, 0.0  # up: with the least number of workers, and one at least
         self._meter, self._counts = Meter(), Counter[str]()
         self._events: list[str] = []
         self._run = self._stage = "-"
@@ -215,7 +216,6 @@ class ElasticPool(Generic[Request, Result]):
             await self._changed.wait()
         if self._broken:
             raise self._broken
-        self._was_up = True
 
     async def close(self) -> None:
         """End the workers. Requests that are still waiting fail."""
@@ -256,7 +256,8 @@ class ElasticPool(Generic[Request, Result]):
             return
         ready = [worker for worker in self._workers if worker.ready]
         queued = len(self._queue) + len(self._suspects)
-        starved = not queued and any(not worker.requests for worker in ready)  # what is to come waits elsewhere
+        # What is to come waits elsewhere, and needs no first worker before it is here.
+        starved = not queued and (not ready or any(not worker.requests for worker in ready))
         waiting = queued + (0 if starved else self.upcoming)
         load = Load(waiting, len(ready), len(self._workers) - len(ready), self._meter.rate())
         rests = len(self._workers) >= self._least and time.monotonic() < self._rest_until
@@ -297,6 +298,7 @@ class ElasticPool(Generic[Request, Result]):
             if self._paused and worker in self._workers:  # it came too late to be ended or put to sleep with the others
                 return self._remove(worker)
             worker.ready, worker.idle_since = True, time.monotonic()
+            self._was_up = self._was_up or self._has_enough()
             self._spawn(self._watch(worker))
             self._changed.set()
             self._wake()
@@ -306,12 +308,16 @@ class ElasticPool(Generic[Request, Result]):
         once over what the very first ones say, such as that there is no such model. One more than those, on a bad node,
         say, ends nothing: for a while no other is asked for."""
         self._failed_starts += not _node_is_lost(error)
-        died = isinstance(error, RayActorError | EngineDeadError)
-        if self._was_up and len(self._workers) > self._least:
+        died = isinstance(error, DEATHS)
+        if self._has_enough():
             self._rest_until = time.monotonic() + _REST
         elif self._failed_starts >= FAILED_STARTS or not (died or self._was_up):
             self._break(error if isinstance(error, WorkerError) else self._error(worker, "start", error))
         self._lose(worker, error)
+
+    def _has_enough(self) -> bool:
+        """Whether the workers that are ready could do without others."""
+        return sum(worker.ready for worker in self._workers) >= max(1, self._least)
 
     async def _make_ready(self, worker: _Worker) -> None:
         await worker.actor.ready.remote()
@@ -340,7 +346,7 @@ class ElasticPool(Generic[Request, Result]):
                 beat = await asyncio.wait_for(worker.actor.beat.remote(), limit)
             except TimeoutError:
                 return self._lose(worker, hung)
-            except RayActorError as error:
+            except DEATHS as error:
                 return self._lose(worker, error)
             if beat != seen or not worker.requests:
                 seen, since = beat, time.monotonic()
@@ -368,12 +374,12 @@ class ElasticPool(Generic[Request, Result]):
 
     def _break(self, error: WorkerError) -> None:
         self._broken = self._broken or error
-        for worker in list(self._workers):
-            self._remove(worker)
         self._fail([*self._queue, *self._suspects, *self._flying], self._broken)
         self._queue.clear()
         self._suspects.clear()
         self._changed.set()
+        for worker in list(self._workers):
+            self._remove(worker)
 
     # Requests: sent, answered, retried, set aside.
 
@@ -432,18 +438,18 @@ class ElasticPool(Generic[Request, Result]):
         self._flying.update(batch)
         call = asyncio.create_task(self._call(worker, batch))
         self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+        call.add_done_callback(self._ended)
 
     async def _call(self, worker: _Worker, batch: list[_Waiting[Request, Result]]) -> None:
         lost: Exception | None = None
         try:
             results = await self._ask(worker, self._method, [waiting.request for waiting in batch])
-        except (RayActorError, EngineDeadError) as error:
+        except DEATHS as error:
             # Once the pool has ended a worker, its calls tell of that; unless they know that its node is gone.
             lost = error if _node_is_lost(error) else worker.lost or error
         except WorkerError as error:
             logger.error("%s", error, extra=_about(batch))
-            self._fail(batch, error)
+            self._fail((waiting for waiting in batch if waiting.holders == [worker]), error)
         else:
             self._deliver(worker, batch, results)
         worker.calls -= 1
@@ -453,15 +459,15 @@ class ElasticPool(Generic[Request, Result]):
             waiting.holders.remove(worker)
         self._flying.difference_update(waiting for waiting in batch if not waiting.holders)
         if lost:
-            self._lose(worker, lost)
             self._retry(worker, batch, lost)
+            self._lose(worker, lost)
         self._wake()
 
     async def _ask(self, worker: _Worker, method: str, *args: Any) -> Any:
-        """Call a worker. Raises RayActorError or EngineDeadError where it is beyond use, else WorkerError."""
+        """Call a worker. Raises one of DEATHS where it is beyond use, else WorkerError."""
         try:
             return await getattr(worker.actor, method).remote(*args)
-        except RayActorError:
+        except KILLED:
             raise
         except (NodeDiedError, ObjectLostError) as error:
             raise AnswerLostError(f"its answer is lost: {told(error)}") from error
@@ -480,7 +486,7 @@ class ElasticPool(Generic[Request, Result]):
             outcomes = await asyncio.gather(*(self._in_time(work(w)) for w in ready), return_exceptions=True)
         errors = []
         for worker, outcome in zip(ready, outcomes, strict=True):
-            if isinstance(outcome, RayActorError | EngineDeadError):
+            if isinstance(outcome, DEATHS):
                 self._lose(worker, outcome)
             elif isinstance(outcome, BaseException):
                 errors.append(outcome)
@@ -489,20 +495,25 @@ class ElasticPool(Generic[Request, Result]):
             raise errors[0]
 
     def _retry(self, worker: _Worker, batch: Iterable[_Waiting[Request, Result]], cause: Exception) -> None:
-        """Ask others. A node that went away is not held against the requests that were on it."""
+        """Ask others, and hold the death against what was on the worker."""
         open_ = [waiting for waiting in batch if not waiting.result.done() and not waiting.holders]
         if open_:
             logger.warning("%s worker %d died with these requests", self.name, worker.number, extra=_about(open_))
-        if _node_is_lost(cause):
-            self._counts["retries"] += len(open_)
-            return self._queue.extendleft(reversed(open_))
         for waiting in open_:
-            waiting.kills += 1
+            self._suspect(waiting, cause)
             if waiting.kills >= self._scaling.max_kills:
                 self._spawn(self._set_aside(waiting, worker, one_line(cause)))
-            else:
-                self._counts["retries"] += 1
+            elif waiting.kills:
                 self._suspects.append(waiting)
+        self._queue.extendleft(waiting for waiting in reversed(open_) if not waiting.kills)
+        self._counts["retries"] += sum(waiting.kills < self._scaling.max_kills for waiting in open_)
+
+    def _suspect(self, waiting: _Waiting[Request, Result], cause: Exception) -> None:
+        """Count a death against a request. A node that goes away is not its fault; but one that takes all memory may
+        take its node along, so that of losses that nobody announced, as of a spot node, the last ones count."""
+        lost = _node_is_lost(cause)
+        waiting.lost_nodes += lost and not getattr(cause, "preempted", False)
+        waiting.kills += not lost or waiting.lost_nodes >= self._scaling.max_kills
 
     async def _set_aside(self, waiting: _Waiting[Request, Result], worker: _Worker, cause: str) -> None:
         self._counts["quarantined"] += 1
@@ -550,6 +561,7 @@ class ElasticPool(Generic[Request, Result]):
     def _ended(self, task: asyncio.Task[None]) -> None:
         """An error in a task of the pool's own breaks the pool: nobody awaits it, and requests would wait for ever."""
         self._tasks.discard(task)
+        self._calls.discard(task)
         if not task.cancelled() and (error := task.exception()):
             logger.error("a task of the %s pool failed", self.name, exc_info=error)
             self._break(WorkerError(f"{self.name} pool: {type(error).__name__}: {one_line(error)}"))

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
 
 from actors.errors import EngineDeadError, QuarantinedError, WorkerError
 from actors.pool import SET_ASIDE_IN_A_ROW, ElasticPool
@@ -101,6 +108,7 @@ def run(
     *faults: Exception,
     no_start: Mapping[int, Exception] = MappingProxyType({}),
     sleeps: bool = False,
+    max_kills: int = 2,
     **sizes: int,
 ) -> None:
     """Run `test` with a started pool, whose first workers have these faults, and the handles of all its workers.
@@ -116,7 +124,7 @@ def run(
             handles.append(Handle(Worker(checkpoint, fault, no_start.get(len(handles)))))
             return handles[-1]
 
-        config, scaling = PoolConfig(cpus_per_worker=0, **sizes), ScalingConfig(max_kills=2)
+        config, scaling = PoolConfig(cpus_per_worker=0, **sizes), ScalingConfig(max_kills=max_kills)
         pool = TestPool("test", make, "answer", config, scaling, sleeps=sleeps)
         await pool.load("first")
         await asyncio.wait_for(test(pool, handles), 10)
@@ -159,8 +167,88 @@ def test_what_is_lost_with_its_node_is_asked_of_others_and_held_against_no_reque
         counts = pool.stats().counts
         assert (counts["dead"], counts["retries"], "quarantined" in counts) == (3, 6, False)
         assert [handle.killed.is_set() for handle in handles] == [True, True, True, False]
+        assert not pool._suspects
 
-    run(test, loss, loss, loss, batch_size=1, in_flight=2)
+    run(test, loss, loss, loss, batch_size=1, in_flight=2, max_kills=4)
+
+
+def test_a_request_that_takes_node_after_node_along_is_set_aside() -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        lost = asyncio.gather(submit(pool, "0"), submit(pool, "1"), return_exceptions=True)
+        killer, (neighbour,) = await lost
+        assert isinstance(killer, QuarantinedError)
+        assert neighbour == "first"
+        assert len(handles) == 4  # one loss is nobody's fault, and two that count
+
+    run(test, *[NodeDiedError("gone")] * 3)
+
+
+def test_whoever_was_told_of_the_loss_of_its_node_is_held_against_no_request() -> None:
+    async def test(pool: TestPool, _: list[Handle]) -> None:
+        assert await submit(pool, "0") == ["first"]
+
+    run(test, *[RayActorError(preempted=True)] * 9)
+
+
+def test_a_suspect_whose_node_is_lost_stays_apart_from_others() -> None:
+    async def test(pool: TestPool, _: list[Handle]) -> None:
+        suspect = submit(pool, "0")
+        await turns(len(TURNS))
+        assert await asyncio.gather(suspect, submit(pool, "1")) == [["first"], ["first"]]
+
+    async def watched(pool: TestPool, handles: list[Handle]) -> None:
+        retry = pool._retry
+
+        def check(*args: Any) -> None:
+            retry(*args)
+            assert not any(waiting.kills for waiting in pool._queue)
+
+        pool._retry = check  # type: ignore[method-assign]
+        await test(pool, handles)
+
+    run(watched, RayActorError(), NodeDiedError("gone"), max_kills=3)
+
+
+@pytest.mark.parametrize("death", [OutOfMemoryError("no memory"), WorkerCrashedError()])
+def test_a_worker_that_ray_kills_for_memory_is_replaced_like_any_dead_one(death: Exception) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        assert await submit(pool, "0", "1") == ["first", "first"]
+        assert len(handles) == 2
+
+    run(test, death)
+
+
+def test_a_copy_of_a_request_that_fails_leaves_it_to_its_first_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def late(_: Any) -> list[str]:
+        await turns(2 * len(TURNS))
+        return ["late"]
+
+    async def refuse(_: Any) -> None:
+        raise ValueError("no")
+
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        monkeypatch.setattr(handles[0].worker, "answer", late)
+        monkeypatch.setattr(handles[1].worker, "answer", refuse)
+        asked = submit(pool, "0")
+        await turns(3)
+        pool._send(pool._workers[1], list(pool._flying))
+        await turns(len(TURNS))
+        assert not pool._workers[1].calls
+        assert await asked == ["late"]
+
+    run(test, workers=2)
+
+
+def test_an_error_of_the_pools_own_within_a_call_leaves_no_request_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(pool: TestPool, _: list[Handle]) -> None:
+        def no_ray(*_: Any) -> None:
+            raise RuntimeError("Ray is gone")
+
+        monkeypatch.setattr(pool, "_make_actor", no_ray)
+        with pytest.raises(WorkerError, match="test pool: RuntimeError: Ray is gone"):
+            await submit(pool, "0")
+
+    run(test, RayActorError())
 
 
 @pytest.mark.parametrize("sleeps", [False, True])
@@ -281,6 +369,33 @@ def test_a_worker_that_is_needed_may_fail_to_start_twice(bad: int) -> None:
                 await submit(pool, "0")
 
     run(test, no_start=dict.fromkeys(range(2, 2 + bad), NO_DISK), workers=2)
+
+
+@pytest.mark.parametrize(("cause", "starts"), [(NO_DISK, 1), (RayActorError(error_msg="killed"), 3)])
+def test_a_pool_that_is_empty_at_first_tells_why_its_worker_cannot_start(cause: Exception, starts: int) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        asked = submit(pool, "0")
+        for _ in range(starts):
+            pool._scale()
+            await turns(len(TURNS))
+        with pytest.raises(WorkerError, match=str(cause)):
+            await asked
+        assert len(handles) == starts
+
+    run(test, no_start=dict.fromkeys(range(9), cause), workers=0, max_workers=8)
+
+
+def test_an_empty_pool_starts_no_worker_for_what_has_yet_to_come() -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        pool.upcoming = 1000.0
+        pool._scale()
+        assert not handles
+        asked = submit(pool, "0")
+        await turns(1)
+        pool._scale()
+        assert await asked == ["first"]
+
+    run(test, workers=0, max_workers=8)
 
 
 def test_a_pool_whose_workers_die_over_whatever_they_are_asked_gives_up() -> None:
