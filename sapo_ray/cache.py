@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -17,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sapo_ray.errors import SapoError
-from sapo_ray.files import Folder, cache_folder, is_uri, reason
-from sapo_ray.manifest import FileRecord, check_files, check_sizes, recorded, remedy
+from sapo_ray.files import Folder, cache_folder, into_place, is_uri, reason
+from sapo_ray.manifest import DamagedError, FileRecord, check_files, check_sizes, recorded, remedy
+
+logger = logging.getLogger(__name__)
 
 _SPARE = 0.1
 """Share of the disk that old copies leave free."""
@@ -56,7 +59,7 @@ def local_copy(folder: Folder, files: Mapping[str, FileRecord]) -> Path:
     copies = cache_folder() / "copies"
     copy = copies / _key(folder, files)
     with _locked(copy):
-        if not copy.exists():
+        if not _is_whole(copy, files):
             check_sizes(folder, files, folder.sizes())
             _make_room(copies, sum(record["size"] for record in files.values()))
             _fetch(folder, files, copy)
@@ -74,13 +77,26 @@ def _check_once(folder: Folder, path: Path, files: Mapping[str, FileRecord]) -> 
             checked.touch()
 
 
+def _is_whole(copy: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Whether these files are in a copy, each in its size."""
+    if not copy.exists():
+        return False
+    try:
+        check_sizes(Folder(copy), files, Folder(copy).sizes())
+    except DamagedError as error:
+        logger.warning("%s; it is fetched anew", error)
+        return False
+    return True
+
+
 def _fetch(folder: Folder, files: Mapping[str, FileRecord], copy: Path) -> None:
     unfinished = copy.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         folder.fetch(files, unfinished)
         check_files(Folder(unfinished), files, folder)
-        unfinished.rename(copy)
+        shutil.rmtree(copy, ignore_errors=True)
+        into_place(unfinished, copy)
     except OSError as error:
         raise SapoError(f"{folder.location} cannot be copied to {copy.parent} (SAPO_CACHE): {reason(error)}") from error
     finally:

@@ -72,6 +72,43 @@ def test_a_copy_that_broke_off_is_begun_anew(run: RunDirectory, node: Path) -> N
     assert not whole.with_suffix(".tmp").exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_copy_that_lacks_something_is_fetched_anew(
+    run: RunDirectory, node: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    weights = Path(local_checkpoint(run.checkpoint("reasoner", 0)), "model.safetensors")
+    if damage == "truncated":
+        os.truncate(weights, 100)
+    else:
+        weights.unlink()
+    assert Path(local_checkpoint(run.checkpoint("reasoner", 0)), "model.safetensors") == weights
+    assert weights.read_bytes() == run.folder.read("checkpoints/reasoner-0/model.safetensors")
+    (message,) = caplog.messages
+    assert message.startswith(f"{weights} is ")
+    assert message.endswith("; it is fetched anew")
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(
+    run: RunDirectory, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power failure could leave the name without the content."""
+    flushed: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def rename_flushed(source: Path, place: Path) -> None:
+        assert {str(source), *map(str, source.iterdir())} <= set(flushed)
+        rename(source, place)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", rename_flushed)
+    copy = local_checkpoint(run.checkpoint("reasoner", 0))
+    assert flushed[-1] == str(Path(copy).parent)
+
+
 def test_a_tokenizer_and_a_count_need_no_weights(run: RunDirectory, node: Path, tmp_path: Path) -> None:
     save_random_reasoner(MODEL, VOCABULARY, 0, tmp_path / "model")
     assert parameter_count(run.checkpoint("reasoner", 0)) == parameter_count(str(tmp_path / "model"))
