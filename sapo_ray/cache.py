@@ -1,7 +1,8 @@
 """Checkpoints as directories of this node, which is what engines and trainers can load.
 
 A local path stays where it is. What lies in an object store is copied once to a node, under `cache_folder()`, however
-many processes ask for it. Either way it is held against the run's manifest before anything is loaded, once a node.
+many processes ask for it. Either way sizes are held against the run's manifest before anything is loaded. Checksums are
+where a copy is made, and of a local path the first time that a driver's processes on a node ask for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder, cache_folder, into_place, is_uri, reason
@@ -23,6 +25,8 @@ from sapo_ray.manifest import DamagedError, FileRecord, check_files, check_sizes
 
 logger = logging.getLogger(__name__)
 
+DRIVER = "SAPO_DRIVER"
+"""The environment variable with an id that all processes of a command share, on any node, and no other command's do."""
 _SPARE = 0.1
 """Share of the disk that old copies leave free."""
 _GRACE_SECONDS = 3600.0
@@ -68,13 +72,22 @@ def local_copy(folder: Folder, files: Mapping[str, FileRecord]) -> Path:
 
 
 def _check_once(folder: Folder, path: Path, files: Mapping[str, FileRecord]) -> None:
-    """Check a local folder's files, unless a process of this node has done so since they were written."""
+    """Check a local folder's files, unless a process of this node and driver has done so since they were written.
+
+    The next driver does so again: what a disk does to a file shows in neither size nor time.
+    """
     check_sizes(folder, files, folder.sizes())
-    checked = cache_folder() / "checked" / _key(folder, files, [(path / name).stat().st_mtime_ns for name in files])
+    checked = cache_folder() / "checked" / _key(folder, files)
+    state = json.dumps([_driver(), *((path / name).stat().st_mtime_ns for name in files)])
     with _locked(checked):
-        if not checked.exists():
+        if not checked.exists() or checked.read_text(encoding="utf-8") != state:
             check_files(folder, files)
-            checked.touch()
+            checked.write_text(state, encoding="utf-8")
+
+
+def _driver() -> str:
+    """A process that has the id from nobody shares one with its children alone."""
+    return os.environ.setdefault(DRIVER, uuid4().hex)
 
 
 def _is_whole(copy: Path, files: Mapping[str, FileRecord]) -> bool:

@@ -15,6 +15,7 @@ from sapo_ray import cache as module
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
+from sapo_ray.manifest import DamagedError
 from sapo_ray.models import ModelConfig, base_tokenizer, parameter_count, save_random_reasoner
 from sapo_ray.store import RunDirectory
 from sapo_ray.tasks.chain import VOCABULARY
@@ -141,6 +142,29 @@ def test_a_local_checkpoint_is_used_where_it_lies(node: Path, tmp_path: Path) ->
     save_random_reasoner(MODEL, VOCABULARY, 0, tmp_path / "own")
     assert local_checkpoint(str(tmp_path / "own")) == str(tmp_path / "own")
     assert local_checkpoint("a-model-on-a-hub") == "a-model-on-a-hub"
+
+
+def test_what_one_driver_has_checked_the_next_checks_again(
+    node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte that flips on the disk leaves size and time. A driver's processes do not all read the file for it."""
+    run = RunDirectory(tmp_path / "run")
+    with run.folder.staging("checkpoints/base") as directory:
+        save_random_reasoner(MODEL, VOCABULARY, 0, directory)
+        run.finish("base", {"files": run.put(directory, "checkpoints/base")})
+    weights = tmp_path / "run" / "checkpoints" / "base" / "model.safetensors"
+    for driver in ("one", "another"):
+        monkeypatch.setenv(module.DRIVER, driver)
+        local_checkpoint(str(weights.parent))
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert local_checkpoint(str(weights.parent)) == str(weights.parent)
+    for driver in ("next", "one"):
+        monkeypatch.setenv(module.DRIVER, driver)
+        with pytest.raises(DamagedError, match=f"{weights} is damaged: its SHA-256 was .*--redo base"):
+            local_checkpoint(str(weights.parent))
 
 
 def test_a_uri_of_which_no_manifest_tells_is_refused(s3: str, node: Path) -> None:
