@@ -13,8 +13,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ from sapo_ray.errors import told
 from sapo_ray.files import Folder, joined, split
 from sapo_ray.lease import HeldFolder
 from sapo_ray.lora import merge, quantization, with_adapters
-from sapo_ray.manifest import DamagedError, Files, records_of
+from sapo_ray.manifest import DamagedError, Files, records_of, sealed, unsealed
 from sapo_ray.models import attention
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
@@ -242,7 +242,8 @@ class Training:
             "progress": asdict(self.progress),
             "files": files,
         }
-        self.home.write(f"{self.partial}/{_LATEST}", json.dumps(latest))
+        name = f"{self.partial}/{_LATEST}"
+        self.home.write(name, sealed(self.home.locate(name), latest))
         tags = {name.split("/")[1] for name in self.home.sizes(self.partial) if name.count("/") > 1}
         for old in tags - {tag}:
             self.home.clear(f"{self.partial}/{old}")
@@ -265,14 +266,21 @@ class Training:
         name = f"{self.partial}/{_LATEST}"
         if not self.home.has(name):
             return None
-        latest: dict[str, Any] = json.loads(self.home.read(name))
+        with self._remedy():
+            latest = unsealed(self.home.locate(name), self.home.read(name))
         if not is_same_job(latest["job"], self.job.fingerprint(), self.home.locate(name)):
             return None
         if latest["workers"] != dist.get_world_size():
             logger.warning("%s was written by %d workers; the training begins anew", name, latest["workers"])
             return None
-        try:
+        with self._remedy():
             return local_copy(Folder(self.home.locate(f"{self.partial}/{latest['tag']}")), latest["files"]), latest
+
+    @contextmanager
+    def _remedy(self) -> Iterator[None]:
+        """Adds to a DamagedError what can be done about a mid-training checkpoint."""
+        try:
+            yield
         except DamagedError as error:
             partial = self.home.locate(self.partial)
             raise DamagedError(f"{error}; remove {partial} to begin this training anew") from error

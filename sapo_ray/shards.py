@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from sapo_ray.data import LABELS, PAIRS, ROLLOUTS, TRAJECTORIES
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder, absolute, split
-from sapo_ray.manifest import FileRecord, Files, Recorded, record_of, recorded, to_json
+from sapo_ray.manifest import DamagedError, FileRecord, Files, Recorded, record_of, recorded, sealed, unsealed
 
 Kind = Literal["original", "validation", "trajectories", "labels", "rollouts", "pairs"]
 SCHEMAS: dict[Kind, pa.Schema] = {
@@ -96,11 +95,15 @@ class StageWriter:
     """
 
     def __init__(self, run: Folder, stage: str, kinds: Sequence[Kind], every: int) -> None:
+        """Raises DamagedError for a progress record that is not what was written."""
         self._run, self._record, self._every = run, progress_file(stage), every
         self._begun, self._writing = time.monotonic(), threading.Lock()
         self.resumed = run.has(self._record)
         """Whether there was an attempt before, whose items, seconds and snapshot follow."""
-        progress = read_progress(run, self._record)
+        try:
+            progress = read_progress(run, self._record)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; remove it to begin {stage} anew") from error
         self.items, self.state, self.seconds = progress["items"], progress["state"], progress["seconds"]
         self.snapshot: Callable[[], dict[str, Any]] = dict
         """Set it to what gives the state after the items added so far, as JSON."""
@@ -146,7 +149,7 @@ class StageWriter:
                 "state": self.snapshot(),
                 "files": self.files,
             }
-            self._run.write(self._record, to_json(self._run.locate(self._record), progress))
+            self._run.write(self._record, sealed(self._run.locate(self._record), progress))
 
     @property
     def files(self) -> Files:
@@ -164,12 +167,12 @@ def progress_file(stage: str) -> str:
 
 
 def read_progress(run: Folder, name: str) -> Progress:
-    """A progress record; that of a stage that has not begun where there is none. Raises ValueError where it is none."""
+    """A progress record; that of a stage that has not begun where there is none. Raises DamagedError."""
     try:
-        progress: Progress = json.loads(run.read(name))
+        content = run.read(name)
     except FileNotFoundError:
         return {"items": 0, "seconds": 0.0, "state": {}, "files": {}}
-    return progress
+    return cast(Progress, unsealed(run.locate(name), content))
 
 
 def read_rows(location: str | Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from sapo_ray.cache import local_checkpoint
 from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
 from sapo_ray.errors import SapoError
 from sapo_ray.lease import LEASE
-from sapo_ray.manifest import Files
+from sapo_ray.manifest import Files, sealed, unsealed
 from sapo_ray.models import ModelConfig, parameter_count, save_random_reasoner
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, collate
@@ -236,8 +236,8 @@ def test_a_training_that_is_told_to_stop_saves_what_it_has_learnt(home: Path, tm
 
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "kept").rename(partial)
-    latest = json.loads((partial / "latest.json").read_text())
-    (partial / "latest.json").write_text(json.dumps({**latest, "workers": 2}))
+    latest = unsealed("latest.json", (partial / "latest.json").read_bytes())
+    (partial / "latest.json").write_text(sealed("latest.json", {**latest, "workers": 2}))
     assert run(asked).resumed_from == 0  # another number of workers begins anew
 
 
@@ -387,6 +387,23 @@ def test_a_damaged_mid_training_checkpoint_is_named_and_not_loaded(home: Path, t
         run(asked)
     shutil.rmtree(tmp_path / "out.partial")
     assert run(asked).resumed_from == 0
+
+
+def test_a_damaged_record_of_a_mid_training_checkpoint_is_named(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import JobError
+
+    asked = job(home, tmp_path / "out", checkpoint_every=1)
+    with pytest.raises(InterruptionError):
+        run(asked, interrupt)
+    record = tmp_path / "out.partial" / "latest.json"
+    whole = record.read_text()
+    for content in (whole[:-1], "{}", whole.replace("update-1", "update-2", 1)):
+        record.write_text(content)
+        remedy = f"remove {tmp_path}/out.partial to begin this training anew"
+        with pytest.raises(JobError, match=rf"^{record} (is damaged|has no sha256 of itself): .*; {remedy}"):
+            run(asked)
+    record.write_text(whole)
+    assert run(asked).resumed_from == 1
 
 
 def test_a_checkpoint_of_another_job_is_not_gone_on_from(home: Path, tmp_path: Path) -> None:
