@@ -13,8 +13,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ from sapo_ray.errors import told
 from sapo_ray.files import Folder, joined, split
 from sapo_ray.lease import HeldFolder
 from sapo_ray.lora import merge, quantization, with_adapters
-from sapo_ray.manifest import DamagedError, Files, records_of
+from sapo_ray.manifest import DamagedError, Files, records_of, sealed, unsealed
 from sapo_ray.models import attention
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
@@ -129,6 +129,7 @@ class Training:
         self.weights = torch.tensor(list(self.objective.weights.values()), device=device)
         self.engine = _engine(model, job.config)
         self.progress = self._restore()
+        self.saved_at = time.monotonic()
 
     def run(self, report: Report, stop: Stop) -> TrainResult:
         """Every update that is left, then the export."""
@@ -140,11 +141,12 @@ class Training:
         reported_at, reported = -math.inf, resumed_from
         while progress.updates < len(batches):
             lr = learning_rate(config, progress.updates, len(batches))
-            metrics, stops = self.update(batches[progress.updates], lr, stop())
+            metrics, stops, is_due = self.update(batches[progress.updates], lr, stop(), self._is_due())
             progress.metrics.append(metrics)
             progress.updates += 1
             progress.seconds = time.monotonic() - self.begun
-            saves = stops or (config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0)
+            by_count = config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0
+            saves = stops or is_due or by_count
             ends = progress.updates == len(batches)
             if dist.get_rank() == 0 and (saves or ends or progress.seconds > reported_at + 1):
                 report(len(batches), progress.metrics[reported:])
@@ -155,25 +157,32 @@ class Training:
                 raise JobError(f"told to stop; {progress.updates} of {len(batches)} updates are saved")
         return self._export(resumed_from)
 
-    def update(self, batch: Sequence[int], lr: float, stop: bool) -> tuple[dict[str, float], bool]:
-        """One optimizer step on a global batch; its metrics (see TrainResult), and whether any rank's `stop` is set."""
+    def _is_due(self) -> bool:
+        """Whether it is time for a mid-training checkpoint: by rank 0's clock, as those of the ranks differ."""
+        seconds = 60 * self.job.config.checkpoint_minutes
+        return dist.get_rank() == 0 and 0 < seconds <= time.monotonic() - self.saved_at
+
+    def update(self, batch: Sequence[int], lr: float, stop: bool, is_due: bool) -> tuple[dict[str, float], bool, bool]:
+        """One optimizer step on a global batch; its metrics (see TrainResult), whether any rank's `stop` is set, and
+        whether any rank's `is_due` is."""
         # What LoRA's dropout leaves out is the same in a training that was interrupted.
         torch.manual_seed(random.Random(f"{self.job.seed}:{self.progress.updates}:{dist.get_rank()}").getrandbits(63))
         limit = self.job.config.micro_batch_tokens
         examples = [self.data.examples[i] for i in batch]
         counts = [max(1, sum(example.counts[term] for example in examples)) for term in self.objective.weights]
         divisors = torch.tensor(counts, device=self.device)
-        sums = torch.zeros(len(counts) + 1, device=self.device)  # of the terms, and of the ranks that are to stop
-        sums[-1] = stop
+        # Of the terms, of the ranks that are to stop, and of those for which a checkpoint is due.
+        sums = torch.zeros(len(counts) + 2, device=self.device)
+        sums[-2], sums[-1] = stop, is_due
         steps = micro_batches(batch, self.shapes, limit, dist.get_world_size())[dist.get_rank()]
         for number, step in enumerate(steps):
             self.engine.set_gradient_accumulation_boundary(number == len(steps) - 1)
             # A rank without examples goes through the motions with weight 0: ZeRO communicates in every pass.
             means = self._sums(step or batch[:1]) / divisors * bool(step)
             self.engine.backward(means @ self.weights * dist.get_world_size())  # DeepSpeed averages over the ranks
-            sums[:-1] += means.detach()
+            sums[:-2] += means.detach()
         dist.all_reduce(sums)
-        terms = sums[:-1]
+        terms = sums[:-2]
         loss = self._finite("loss", float(terms @ self.weights), examples)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -186,7 +195,7 @@ class Training:
             "grad_norm": grad_norm,
             "tokens": sum(example.tokens for example in examples),
         }
-        return metrics, bool(sums[-1])
+        return metrics, bool(sums[-2]), bool(sums[-1])
 
     def _sums(self, step: Sequence[int]) -> Tensor:
         """The sums of all loss terms over a micro-batch, in the order of the objective's weights."""
@@ -215,6 +224,7 @@ class Training:
         everyone: list[Files] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         _together(lambda: self._put_latest(tag, {name: record for part in everyone for name, record in part.items()}))
+        self.saved_at = time.monotonic()
 
     def _put_state(self, directory: Path) -> Files:
         files = records_of(directory)
@@ -232,7 +242,8 @@ class Training:
             "progress": asdict(self.progress),
             "files": files,
         }
-        self.home.write(f"{self.partial}/{_LATEST}", json.dumps(latest))
+        name = f"{self.partial}/{_LATEST}"
+        self.home.write(name, sealed(self.home.locate(name), latest))
         tags = {name.split("/")[1] for name in self.home.sizes(self.partial) if name.count("/") > 1}
         for old in tags - {tag}:
             self.home.clear(f"{self.partial}/{old}")
@@ -255,14 +266,21 @@ class Training:
         name = f"{self.partial}/{_LATEST}"
         if not self.home.has(name):
             return None
-        latest: dict[str, Any] = json.loads(self.home.read(name))
+        with self._remedy():
+            latest = unsealed(self.home.locate(name), self.home.read(name))
         if not is_same_job(latest["job"], self.job.fingerprint(), self.home.locate(name)):
             return None
         if latest["workers"] != dist.get_world_size():
             logger.warning("%s was written by %d workers; the training begins anew", name, latest["workers"])
             return None
-        try:
+        with self._remedy():
             return local_copy(Folder(self.home.locate(f"{self.partial}/{latest['tag']}")), latest["files"]), latest
+
+    @contextmanager
+    def _remedy(self) -> Iterator[None]:
+        """Adds to a DamagedError what can be done about a mid-training checkpoint."""
+        try:
+            yield
         except DamagedError as error:
             partial = self.home.locate(self.partial)
             raise DamagedError(f"{error}; remove {partial} to begin this training anew") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from actors import logs
 from sapo_ray.requests import PoolConfig
 
 TAIL_LINES = 20
+TAIL_BYTES = 64 * 2**10
+"""How much of a log's end is looked at: a line may be long, and a log of days much longer."""
 TAIL_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
@@ -76,8 +78,16 @@ async def log_tail(place: Place | None) -> str:
         return f"(the log is out of reach: {type(error).__name__})"
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _tail(logs: tuple[str, ...]) -> str:
-    texts = (Path(log).read_text(encoding="utf-8", errors="replace") for log in logs if Path(log).exists())
-    lines = [line for text in texts for line in text.splitlines()[-TAIL_LINES:]]
+def last_lines(logs: Sequence[str]) -> str:
+    """The last lines of these files, as far as there are such."""
+    lines = [line for log in logs if Path(log).exists() for line in _end(log).splitlines()[-TAIL_LINES:]]
     return "\n".join(lines[-TAIL_LINES:])
+
+
+_tail = ray.remote(num_cpus=0, max_retries=0)(last_lines)
+
+
+def _end(log: str) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return file.read(TAIL_BYTES).decode("utf-8", errors="replace")

@@ -9,10 +9,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from launch.job import job_environment
 from launch.resources import Nodes, check_fits, offered_nodes
 from launch.signals import postponed
+from sapo_ray.cache import DRIVER
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError
 
@@ -69,6 +71,7 @@ def _environment() -> dict[str, str]:
         "RAY_TRAIN_V2_ENABLED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",  # as in `thread_environment`: training's workers, too, share the cores
+        DRIVER: uuid4().hex,
     }
     job = job_environment() or {}
     if "working_dir" not in job:  # Ray has every node find a job's packages, each at a path of its own

@@ -1,7 +1,8 @@
 """Checkpoints as directories of this node, which is what engines and trainers can load.
 
 A local path stays where it is. What lies in an object store is copied once to a node, under `cache_folder()`, however
-many processes ask for it. Either way it is held against the run's manifest before anything is loaded, once a node.
+many processes ask for it. Either way sizes are held against the run's manifest before anything is loaded. Checksums are
+where a copy is made, and of a local path the first time that a driver's processes on a node ask for it.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from sapo_ray.errors import SapoError
-from sapo_ray.files import Folder, cache_folder, is_uri, reason
-from sapo_ray.manifest import FileRecord, check_files, check_sizes, recorded, remedy
+from sapo_ray.files import Folder, cache_folder, into_place, is_uri, reason
+from sapo_ray.manifest import DamagedError, FileRecord, check_files, check_sizes, recorded, remedy
 
+logger = logging.getLogger(__name__)
+
+DRIVER = "SAPO_DRIVER"
+"""The environment variable with an id that all processes of a command share, on any node, and no other command's do."""
 _SPARE = 0.1
 """Share of the disk that old copies leave free."""
 _GRACE_SECONDS = 3600.0
@@ -56,7 +63,7 @@ def local_copy(folder: Folder, files: Mapping[str, FileRecord]) -> Path:
     copies = cache_folder() / "copies"
     copy = copies / _key(folder, files)
     with _locked(copy):
-        if not copy.exists():
+        if not _is_whole(copy, files):
             check_sizes(folder, files, folder.sizes())
             _make_room(copies, sum(record["size"] for record in files.values()))
             _fetch(folder, files, copy)
@@ -65,13 +72,34 @@ def local_copy(folder: Folder, files: Mapping[str, FileRecord]) -> Path:
 
 
 def _check_once(folder: Folder, path: Path, files: Mapping[str, FileRecord]) -> None:
-    """Check a local folder's files, unless a process of this node has done so since they were written."""
+    """Check a local folder's files, unless a process of this node and driver has done so since they were written.
+
+    The next driver does so again: what a disk does to a file shows in neither size nor time.
+    """
     check_sizes(folder, files, folder.sizes())
-    checked = cache_folder() / "checked" / _key(folder, files, [(path / name).stat().st_mtime_ns for name in files])
+    checked = cache_folder() / "checked" / _key(folder, files)
+    state = json.dumps([_driver(), *((path / name).stat().st_mtime_ns for name in files)])
     with _locked(checked):
-        if not checked.exists():
+        if not checked.exists() or checked.read_text(encoding="utf-8") != state:
             check_files(folder, files)
-            checked.touch()
+            checked.write_text(state, encoding="utf-8")
+
+
+def _driver() -> str:
+    """A process that has the id from nobody shares one with its children alone."""
+    return os.environ.setdefault(DRIVER, uuid4().hex)
+
+
+def _is_whole(copy: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Whether these files are in a copy, each in its size."""
+    if not copy.exists():
+        return False
+    try:
+        check_sizes(Folder(copy), files, Folder(copy).sizes())
+    except DamagedError as error:
+        logger.warning("%s; it is fetched anew", error)
+        return False
+    return True
 
 
 def _fetch(folder: Folder, files: Mapping[str, FileRecord], copy: Path) -> None:
@@ -80,7 +108,8 @@ def _fetch(folder: Folder, files: Mapping[str, FileRecord], copy: Path) -> None:
     try:
         folder.fetch(files, unfinished)
         check_files(Folder(unfinished), files, folder)
-        unfinished.rename(copy)
+        shutil.rmtree(copy, ignore_errors=True)
+        into_place(unfinished, copy)
     except OSError as error:
         raise SapoError(f"{folder.location} cannot be copied to {copy.parent} (SAPO_CACHE): {reason(error)}") from error
     finally:

@@ -129,9 +129,7 @@ class Folder:
         self.clear(name)
         with _writing(self.locate(name)):
             if self.path is not None:
-                _all(_flush, [str(source), *map(str, source.rglob("*"))])
-                os.rename(source, self.path / name)
-                _flush(str((self.path / name).parent))
+                into_place(source, self.path / name)
                 return
             files = [str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
             self.add(source, [file for file in files if file != last], name)
@@ -216,6 +214,13 @@ def relative(location: str, home: str) -> str:
 def reason(error: OSError) -> str:
     """Why an operation failed, in one line."""
     return error.strerror.partition("\n")[0] if error.strerror else str(error).partition("\n")[0]
+
+
+def into_place(source: Path, place: Path) -> None:
+    """Rename a local directory, all of which the disk holds before. Raises OSError."""
+    _all(_flush, [str(source), *map(str, source.rglob("*"))])
+    os.rename(source, place)
+    _flush(str(place.parent))
 
 
 def cache_folder() -> Path:

@@ -22,6 +22,7 @@ from sapo_ray.files import Folder, joined, relative
 
 MANIFEST = "manifest.json"
 _CHUNK = 16 * 2**20
+_SEAL = "sha256"
 
 
 class FileRecord(TypedDict):
@@ -89,6 +90,29 @@ def to_json(location: str, value: Mapping[str, Any], indent: int | None = None) 
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError as error:
         raise SapoError(f"{location}: a figure is not a number: {error}") from error
+
+
+def sealed(location: str, value: Mapping[str, Any]) -> str:
+    """Text for the file `location`, with a SHA-256 of itself. Raises SapoError for a NaN or an infinity."""
+    return json.dumps({**value, _SEAL: _seal(to_json(location, value))})
+
+
+def unsealed(location: str, content: bytes) -> dict[str, Any]:
+    """What `sealed` was given, from the file `location`. Raises DamagedError where the content is anything else."""
+    try:
+        value: dict[str, Any] = json.loads(content)
+        seal = value.pop(_SEAL)
+    except ValueError as error:
+        raise DamagedError(f"{location} is damaged: {error}") from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise DamagedError(f"{location} has no {_SEAL} of itself: it is damaged, or of an earlier version") from error
+    if seal != _seal(json.dumps(value)):
+        raise DamagedError(f"{location} is damaged: its {_SEAL} of itself is of another content")
+    return value
+
+
+def _seal(text: str) -> str:
+    return record_of(text.encode())["sha256"]
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from sapo_ray.data import LABELS, PAIRS, ROLLOUTS, TRAJECTORIES
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder, absolute, split
-from sapo_ray.manifest import FileRecord, Files, Recorded, record_of, recorded, to_json
+from sapo_ray.manifest import DamagedError, FileRecord, Files, Recorded, record_of, recorded, sealed, unsealed
 
 Kind = Literal["original", "validation", "trajectories", "labels", "rollouts", "pairs"]
 SCHEMAS: dict[Kind, pa.Schema] = {
@@ -31,6 +30,8 @@ SCHEMAS: dict[Kind, pa.Schema] = {
 }
 _SHARD_ROWS = 4096
 PROGRESS = ".progress.json"
+COMMIT_SECONDS = 60.0
+"""Between two writes of a stage at most: so much work may be lost with the process that does it."""
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -87,20 +88,26 @@ class Progress(TypedDict):
 class StageWriter:
     """Writes the data sets of a stage in step, item by item, and goes on where an interrupted attempt stopped.
 
-    After every `every` items the rows that wait become a shard of each data set, and then the stage's progress record
-    is replaced: how many items are done, the shards that hold them, and what `snapshot` returned. A restart goes on at
-    item `items` from the snapshot `state`; shards that the record does not name are removed.
+    After every `every` items, or sooner where those take longer than `COMMIT_SECONDS`, the rows that wait become a shard
+    of each data set, and then the stage's progress record is replaced: how many items are done, the shards that hold
+    them, and what `snapshot` returned. A restart goes on at item `items` from the snapshot `state`; shards that the
+    record does not name are removed.
 
     Use as a context manager. Where the work is stopped from outside (its task is cancelled, or a SapoError such as an
     engine's end), the items that are done are recorded; after any other exception the last record stands.
     """
 
     def __init__(self, run: Folder, stage: str, kinds: Sequence[Kind], every: int) -> None:
+        """Raises DamagedError for a progress record that is not what was written."""
         self._run, self._record, self._every = run, progress_file(stage), every
         self._begun, self._writing = time.monotonic(), threading.Lock()
+        self._committed = self._begun
         self.resumed = run.has(self._record)
         """Whether there was an attempt before, whose items, seconds and snapshot follow."""
-        progress = read_progress(run, self._record)
+        try:
+            progress = read_progress(run, self._record)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; remove it to begin {stage} anew") from error
         self.items, self.state, self.seconds = progress["items"], progress["state"], progress["seconds"]
         self.snapshot: Callable[[], dict[str, Any]] = dict
         """Set it to what gives the state after the items added so far, as JSON."""
@@ -127,7 +134,7 @@ class StageWriter:
         """One more item's rows. Where it is time to write, that is done in a thread: a store may be slow."""
         self.extend(rows)
         self._done += 1
-        if self._done % self._every == 0:
+        if self._done % self._every == 0 or time.monotonic() > self._committed + COMMIT_SECONDS:
             await asyncio.to_thread(self._commit)
 
     def extend(self, rows: Mapping[Kind, Rows]) -> None:
@@ -146,7 +153,8 @@ class StageWriter:
                 "state": self.snapshot(),
                 "files": self.files,
             }
-            self._run.write(self._record, to_json(self._run.locate(self._record), progress))
+            self._run.write(self._record, sealed(self._run.locate(self._record), progress))
+            self._committed = time.monotonic()
 
     @property
     def files(self) -> Files:
@@ -164,12 +172,12 @@ def progress_file(stage: str) -> str:
 
 
 def read_progress(run: Folder, name: str) -> Progress:
-    """A progress record; that of a stage that has not begun where there is none. Raises ValueError where it is none."""
+    """A progress record; that of a stage that has not begun where there is none. Raises DamagedError."""
     try:
-        progress: Progress = json.loads(run.read(name))
+        content = run.read(name)
     except FileNotFoundError:
         return {"items": 0, "seconds": 0.0, "state": {}, "files": {}}
-    return progress
+    return cast(Progress, unsealed(run.locate(name), content))
 
 
 def read_rows(location: str | Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -147,7 +147,7 @@ class RunDirectory:
                 continue
             try:
                 check_files(self.folder, read_progress(self.folder, name)["files"])
-            except (DamagedError, ValueError) as error:
+            except DamagedError as error:
                 redone.append(f"{error}; {name.removesuffix(PROGRESS)} begins anew")
                 self._remove_progress(name)
         return redone

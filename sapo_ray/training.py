@@ -82,8 +82,10 @@ class TrainConfig:
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients as well, 3 weights as well. 0 adds up the
     gradients of an update's micro-batches in `dtype`, the others in fp32."""
     checkpoint_every: int = changeable(0)
-    """Updates between mid-training checkpoints, from which an interrupted training goes on; 0 makes none but the one
-    that Ctrl-C and SIGTERM ask for."""
+    """Updates between mid-training checkpoints, from which an interrupted training goes on; 0: none by count."""
+    checkpoint_minutes: float = changeable(10.0)
+    """Minutes between mid-training checkpoints; 0: none by time. Where both keys are 0, only Ctrl-C and SIGTERM make
+    one. A checkpoint takes the disk space of weights and optimizer states, twice until it has replaced the last one."""
     lora: LoraConfig | None = None
     """Train adapters beside frozen weights and merge them in the end (docs/method.md); null trains all weights."""
 
@@ -91,7 +93,7 @@ class TrainConfig:
         for key in ("epochs", "batch_size", "max_tokens", "learning_rate"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
-        for key in ("weight_decay", "max_grad_norm", "checkpoint_every"):
+        for key in ("weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_minutes"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
         for key in ("warmup_ratio", "min_lr_ratio", "beta1", "beta2"):

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -24,7 +26,7 @@ from sapo_ray.cache import local_checkpoint
 from sapo_ray.data import LABELS, PAIRS, TRAJECTORIES
 from sapo_ray.errors import SapoError
 from sapo_ray.lease import LEASE
-from sapo_ray.manifest import Files
+from sapo_ray.manifest import Files, sealed, unsealed
 from sapo_ray.models import ModelConfig, parameter_count, save_random_reasoner
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, collate
@@ -234,9 +236,58 @@ def test_a_training_that_is_told_to_stop_saves_what_it_has_learnt(home: Path, tm
 
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "kept").rename(partial)
-    latest = json.loads((partial / "latest.json").read_text())
-    (partial / "latest.json").write_text(json.dumps({**latest, "workers": 2}))
+    latest = unsealed("latest.json", (partial / "latest.json").read_bytes())
+    (partial / "latest.json").write_text(sealed("latest.json", {**latest, "workers": 2}))
     assert run(asked).resumed_from == 0  # another number of workers begins anew
+
+
+def test_mid_training_checkpoints_go_by_the_clock(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every update takes a minute; the last of six is cut short."""
+    from actors import train_loop
+
+    now, saved = 0.0, []
+
+    def pass_a_minute() -> bool:
+        nonlocal now
+        now += 60
+        return False
+
+    def note(total: int, updates: list[dict[str, float]]) -> None:
+        latest = tmp_path / "out.partial" / "latest.json"
+        saved.append(json.loads(latest.read_text())["progress"]["updates"] if latest.exists() else 0)
+        if updates[-1]["update"] == 6:
+            raise InterruptionError
+
+    monkeypatch.setattr(train_loop, "time", SimpleNamespace(monotonic=lambda: now))
+    for minutes, expected in ((0.0, [0, 0, 0, 0, 0, 0]), (2.0, [0, 0, 2, 2, 4, 4])):
+        saved.clear()
+        with pytest.raises(InterruptionError):
+            run(job(home, tmp_path / "out", checkpoint_minutes=minutes), note, pass_a_minute)
+        assert saved == expected
+    assert run(job(home, tmp_path / "out")).resumed_from == 4
+
+
+def test_a_checkpoint_is_made_where_another_rank_s_clock_asks_for_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so in the sum over the ranks, of the second update here; this rank's own clock is never asked."""
+    from actors import train_loop
+
+    sums_made, begun = count(1), count(1)
+
+    def all_reduce(sums: torch.Tensor) -> None:
+        sums[-1] += next(sums_made) == 2
+
+    def interrupt_the_fourth() -> bool:
+        if next(begun) == 4:
+            raise InterruptionError
+        return False
+
+    monkeypatch.setattr(train_loop, "dist", SimpleNamespace(**{**vars(torch.distributed), "all_reduce": all_reduce}))
+    with pytest.raises(InterruptionError):
+        run(job(home, tmp_path / "out", checkpoint_minutes=0.0), stop=interrupt_the_fourth)
+    monkeypatch.undo()
+    assert run(job(home, tmp_path / "out")).resumed_from == 2
 
 
 def test_a_training_whose_run_has_another_driver_by_now_writes_no_more(home: Path, tmp_path: Path) -> None:
@@ -336,6 +387,23 @@ def test_a_damaged_mid_training_checkpoint_is_named_and_not_loaded(home: Path, t
         run(asked)
     shutil.rmtree(tmp_path / "out.partial")
     assert run(asked).resumed_from == 0
+
+
+def test_a_damaged_record_of_a_mid_training_checkpoint_is_named(home: Path, tmp_path: Path) -> None:
+    from actors.train_loop import JobError
+
+    asked = job(home, tmp_path / "out", checkpoint_every=1)
+    with pytest.raises(InterruptionError):
+        run(asked, interrupt)
+    record = tmp_path / "out.partial" / "latest.json"
+    whole = record.read_text()
+    for content in (whole[:-1], "{}", whole.replace("update-1", "update-2", 1)):
+        record.write_text(content)
+        remedy = f"remove {tmp_path}/out.partial to begin this training anew"
+        with pytest.raises(JobError, match=rf"^{record} (is damaged|has no sha256 of itself): .*; {remedy}"):
+            run(asked)
+    record.write_text(whole)
+    assert run(asked).resumed_from == 1
 
 
 def test_a_checkpoint_of_another_job_is_not_gone_on_from(home: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import ray
 
 from launch import session
 from launch.resources import Nodes
+from sapo_ray.cache import DRIVER
 from sapo_ray.config import RunConfig
 
 
@@ -26,3 +28,15 @@ def test_only_a_cluster_that_the_environment_names_is_joined(
         monkeypatch.setenv("RAY_ADDRESS", named)
     with session.ray_session(RunConfig()):
         assert asked["address"] == joined
+
+
+def test_all_processes_of_a_session_and_of_no_other_know_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda **options: drivers.append(options["runtime_env"]["env_vars"][DRIVER]))
+    monkeypatch.setattr(ray, "shutdown", lambda **_: None)
+    monkeypatch.setattr(session, "offered_nodes", lambda: [Nodes("a node", 1, {"CPU": 64.0})])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for _ in range(2):
+        with session.ray_session(RunConfig()):
+            assert os.environ[DRIVER] == drivers[-1]
+    assert len(set(drivers)) == 2

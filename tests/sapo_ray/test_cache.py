@@ -15,6 +15,7 @@ from sapo_ray import cache as module
 from sapo_ray.cache import local_checkpoint
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
+from sapo_ray.manifest import DamagedError
 from sapo_ray.models import ModelConfig, base_tokenizer, parameter_count, save_random_reasoner
 from sapo_ray.store import RunDirectory
 from sapo_ray.tasks.chain import VOCABULARY
@@ -72,6 +73,43 @@ def test_a_copy_that_broke_off_is_begun_anew(run: RunDirectory, node: Path) -> N
     assert not whole.with_suffix(".tmp").exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_copy_that_lacks_something_is_fetched_anew(
+    run: RunDirectory, node: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    weights = Path(local_checkpoint(run.checkpoint("reasoner", 0)), "model.safetensors")
+    if damage == "truncated":
+        os.truncate(weights, 100)
+    else:
+        weights.unlink()
+    assert Path(local_checkpoint(run.checkpoint("reasoner", 0)), "model.safetensors") == weights
+    assert weights.read_bytes() == run.folder.read("checkpoints/reasoner-0/model.safetensors")
+    (message,) = caplog.messages
+    assert message.startswith(f"{weights} is ")
+    assert message.endswith("; it is fetched anew")
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(
+    run: RunDirectory, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power failure could leave the name without the content."""
+    flushed: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def rename_flushed(source: Path, place: Path) -> None:
+        assert {str(source), *map(str, source.iterdir())} <= set(flushed)
+        rename(source, place)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", rename_flushed)
+    copy = local_checkpoint(run.checkpoint("reasoner", 0))
+    assert flushed[-1] == str(Path(copy).parent)
+
+
 def test_a_tokenizer_and_a_count_need_no_weights(run: RunDirectory, node: Path, tmp_path: Path) -> None:
     save_random_reasoner(MODEL, VOCABULARY, 0, tmp_path / "model")
     assert parameter_count(run.checkpoint("reasoner", 0)) == parameter_count(str(tmp_path / "model"))
@@ -104,6 +142,29 @@ def test_a_local_checkpoint_is_used_where_it_lies(node: Path, tmp_path: Path) ->
     save_random_reasoner(MODEL, VOCABULARY, 0, tmp_path / "own")
     assert local_checkpoint(str(tmp_path / "own")) == str(tmp_path / "own")
     assert local_checkpoint("a-model-on-a-hub") == "a-model-on-a-hub"
+
+
+def test_what_one_driver_has_checked_the_next_checks_again(
+    node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte that flips on the disk leaves size and time. A driver's processes do not all read the file for it."""
+    run = RunDirectory(tmp_path / "run")
+    with run.folder.staging("checkpoints/base") as directory:
+        save_random_reasoner(MODEL, VOCABULARY, 0, directory)
+        run.finish("base", {"files": run.put(directory, "checkpoints/base")})
+    weights = tmp_path / "run" / "checkpoints" / "base" / "model.safetensors"
+    for driver in ("one", "another"):
+        monkeypatch.setenv(module.DRIVER, driver)
+        local_checkpoint(str(weights.parent))
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert local_checkpoint(str(weights.parent)) == str(weights.parent)
+    for driver in ("next", "one"):
+        monkeypatch.setenv(module.DRIVER, driver)
+        with pytest.raises(DamagedError, match=f"{weights} is damaged: its SHA-256 was .*--redo base"):
+            local_checkpoint(str(weights.parent))
 
 
 def test_a_uri_of_which_no_manifest_tells_is_refused(s3: str, node: Path) -> None:

@@ -14,7 +14,7 @@ from sapo_ray.cache import local_checkpoint
 from sapo_ray.data import Trajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
-from sapo_ray.manifest import DamagedError, Files, Manifest, content_of
+from sapo_ray.manifest import DamagedError, Files, Manifest, content_of, sealed, unsealed
 from sapo_ray.models import Calibration
 from sapo_ray.store import RunDirectory, trajectory_row
 
@@ -41,6 +41,15 @@ def empty(folder: Folder, name: str) -> None:
 def delete(folder: Folder, name: str) -> None:
     folder.remove([name])
 
+
+RECORD = {"items": 3, "seconds": 0.1, "state": {"é": [None, 1e-7]}, "files": {}}
+NO_RECORDS = [
+    ('{"items": 3, "sec', "is damaged: Unterminated string"),
+    ("{}", "has no sha256 of itself: it is damaged, or of an earlier version"),
+    ("[]", "has no sha256 of itself"),
+    (json.dumps(RECORD), "has no sha256 of itself"),
+    (sealed("sample", RECORD).replace("3", "2", 1), "is damaged: its sha256 of itself is of another content"),
+]
 
 Damage = Callable[[Folder, str], None]
 SAYS = {
@@ -180,7 +189,7 @@ def test_a_kill_while_stages_are_forgotten_leaves_no_unfinished_one_to_go_on_wit
 def test_the_progress_of_a_stage_is_given_up_where_its_shard_is_damaged(run: RunDirectory, damage: Damage) -> None:
     name = "round-1/trajectories/part-00000.parquet"
     record = {"items": 3, "seconds": 0.0, "state": {}, "files": run.write_file(name, "some rows of it")}
-    run.folder.write("round-1/sample.progress.json", json.dumps(record))
+    run.folder.write("round-1/sample.progress.json", sealed("sample", record))
     assert run.check() == []
     damage(run.folder, name)
     (what,) = run.check()
@@ -190,11 +199,22 @@ def test_the_progress_of_a_stage_is_given_up_where_its_shard_is_damaged(run: Run
         assert (writer.items, writer.resumed) == (0, False)
 
 
-def test_a_damaged_progress_record_is_given_up(run: RunDirectory) -> None:
-    run.folder.write("round-1/sample.progress.json", '{"items": 3, "sec')
+@pytest.mark.parametrize(("content", "fault"), NO_RECORDS)
+def test_a_damaged_progress_record_is_named_and_given_up(run: RunDirectory, content: str, fault: str) -> None:
+    name = "round-1/sample.progress.json"
+    run.folder.write(name, content)
+    with pytest.raises(DamagedError, match=fault) as error:
+        run.stage_writer("round-1/sample", ["trajectories"], 1)
+    assert here(run, str(error.value)).startswith(f"RUN/{name} ")
+    assert str(error.value).endswith("; remove it to begin round-1/sample anew")
     (what,) = run.check()
+    assert here(run, what).startswith(f"RUN/{name} ")
     assert what.endswith("; round-1/sample begins anew")
     assert run.check() == []
+
+
+def test_a_record_is_read_as_it_was_written() -> None:
+    assert unsealed("sample", sealed("sample", RECORD).encode()) == RECORD
 
 
 def test_a_record_that_a_kill_left_beside_its_finished_stage_goes(run: RunDirectory) -> None:

@@ -22,7 +22,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
 from sapo_ray.lease import LEASE, HeldFolder, LostLeaseError
 from sapo_ray.manifest import check_files
-from sapo_ray.shards import Kind, StageWriter, read_rows
+from sapo_ray.shards import Kind, StageWriter, read_progress, read_rows
 from sapo_ray.store import rollout_row, trajectory_row
 from tests.disks import Disk
 
@@ -142,6 +142,16 @@ def test_a_stage_that_is_stopped_keeps_every_item_it_has_done(items: list[Item],
             assert list(read_rows(Path(home, "stopped", "round-1", kind))) == list(
                 read_rows(Path(home, "undisturbed", "round-1", kind))
             )
+
+
+def test_a_stage_of_slow_items_is_written_before_a_shard_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sapo_ray.shards.COMMIT_SECONDS", 0)
+    items = [(2, 1)] * 4
+    with pytest.raises(KilledError):  # at the first shard of its fourth item
+        asyncio.run(work(DyingFolder(tmp_path, 3 * (len(KINDS) + 1), before=True), items, every=100))
+    assert read_progress(Folder(tmp_path), RECORD)["items"] == 3
 
 
 @pytest.mark.parametrize("writes", range(12))
