@@ -44,8 +44,8 @@ class RayConfig:
     questions_in_flight: int = changeable(64)
     """Questions begun and not yet written: bounds memory and holds back the source."""
     questions_per_shard: int = changeable(256)
-    """Most questions between two writes of a sampling stage, which come every minute or sooner: what has been done since
-    the last is done again after a kill."""
+    """Most questions between two writes of a sampling stage, which come once a minute or sooner: what has been done
+    since the last is done again after a kill."""
 
     def __post_init__(self) -> None:
         if self.num_cpus is not None and self.num_cpus < 1:

@@ -88,10 +88,10 @@ class Progress(TypedDict):
 class StageWriter:
     """Writes the data sets of a stage in step, item by item, and goes on where an interrupted attempt stopped.
 
-    After every `every` items, or sooner where those take longer than `COMMIT_SECONDS`, the rows that wait become a shard
-    of each data set, and then the stage's progress record is replaced: how many items are done, the shards that hold
-    them, and what `snapshot` returned. A restart goes on at item `items` from the snapshot `state`; shards that the
-    record does not name are removed.
+    After every `every` items, or once they have taken `COMMIT_SECONDS`, the rows that wait become a shard of each data
+    set, and then the stage's progress record is replaced: how many items are done, the shards that hold them, and what
+    `snapshot` returned. A restart goes on at item `items` from the snapshot `state`; shards that the record does not
+    name are removed.
 
     Use as a context manager. Where the work is stopped from outside (its task is cancelled, or a SapoError such as an
     engine's end), the items that are done are recorded; after any other exception the last record stands.
