@@ -161,9 +161,9 @@ class Run:
             self._tracking.open()
             self._coordinator.stage = name
             self._reporter.begin(name)
-            start = time.monotonic()
+            before, start = self._store.progress(name)["seconds"], time.monotonic()  # an earlier driver's, and our own
             entry = dict(work())
-            entry["seconds"] = entry.get("seconds", 0.0) + time.monotonic() - start  # a resumed stage has some already
+            entry["seconds"] = before + time.monotonic() - start
             updates = entry.pop("metrics", [])
             notes = {key: value for key, value in entry.items() if key != "files"}
             self._store.log(name, [*updates, notes])

@@ -78,7 +78,7 @@ def sample(config: RunConfig, model: str, store: RunDirectory, reporter: Disturb
     with CoordinatorClient(config, store.location, reporter) as coordinator:
         coordinator.use(reasoner=model, verifier=model)
         notes = coordinator.call("sample_and_label", 1)
-    kept = {key: value for key, value in notes.items() if key not in ("seconds", "files")}
+    kept = {key: value for key, value in notes.items() if key != "files"}
     return {"notes": kept, **{kind: list(store.read(1, kind)) for kind in KINDS}}
 
 
