@@ -208,7 +208,8 @@ class Run:
         if self._trainer is None:
             keep = self.config.trainer.keep_workers and not in_turn
             workers = replace(self.config.trainer, keep_workers=keep)
-            self._trainer = Trainer(workers, self._store.folder.locate("train"), name="train")
+            storage = self._store.folder.locate("train")
+            self._trainer = Trainer(workers, storage, name="train", warn=self._reporter.warn)
         result = self._trainer.train(job, self._reporter.update, partial(self._tracking.updates, stage))
         if result.too_long:
             limit = f"{Path(stage).name}.max_tokens = {job.config.max_tokens}"

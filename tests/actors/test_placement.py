@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from actors import client
+from actors import client, trainer
 from actors.client import CoordinatorClient
 from actors.trainer import Trainer, TrainingError
 from launch.progress import ConsoleReporter
@@ -59,7 +60,7 @@ def kill_board() -> None:
 
 @pytest.mark.usefixtures("taken")
 def test_a_training_without_nodes_says_what_it_waits_for_and_ends_where_its_board_dies(tmp_path: Path) -> None:
-    trainer = Trainer(TrainerConfig(workers=2, cpus_per_worker=0.4), tmp_path / "ray", "train")
+    group = Trainer(TrainerConfig(workers=2, cpus_per_worker=0.4), tmp_path / "ray", "train", pytest.fail)
     listener = Listener(kill_board)
     job = TrainJob(
         objective="sft",
@@ -71,8 +72,27 @@ def test_a_training_without_nodes_says_what_it_waits_for_and_ends_where_its_boar
         seed=0,
     )
     with pytest.raises(TrainingError, match=r"out: the board that its workers take it from died \(.*start again to go"):
-        trainer.train(job, listener)
+        group.train(job, listener)
     assert listener.told == ["2 training workers wait for nodes with 0.4 CPU each"]
+
+
+@pytest.mark.usefixtures("taken")
+def test_training_workers_that_do_not_go_are_killed_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def groups() -> list[str]:
+        return sorted(group["state"] for group in ray.util.placement_group_table().values())
+
+    monkeypatch.setattr(trainer, "CLOSE_SECONDS", 0.5)
+    warnings = list[str]()
+    workers = Trainer(TrainerConfig(cpus_per_worker=0.4), tmp_path / "ray", "train", warnings.append)
+    workers.start()
+    while groups() != ["CREATED", "PENDING"]:  # they wait for a CPU: so they cannot end
+        time.sleep(0.1)
+    workers.close()
+    assert warnings == ["the training workers have not ended within 0.5 s; they are killed"]
+    while groups() != ["REMOVED", "REMOVED"]:  # what was taken is of the same job
+        time.sleep(0.1)
 
 
 def test_a_coordinator_without_a_node_says_what_it_waits_for_and_is_not_taken_for_hung(
