@@ -118,7 +118,7 @@ class Coordinator:
             attempts = self._engines.attempts(questions, lambda q: self._sampler.unique(q, "validation"))
             async for _, sampled in attempts:
                 await writer.add({"validation": map(trajectory_row, sampled[0] if sampled else ())})
-        return self._notes(trajectories=writer.rows("validation"), files=writer.files, seconds=writer.seconds)
+        return self._notes(trajectories=writer.rows("validation"), files=writer.files)
 
     async def sample_and_label(self, round_number: int) -> dict[str, Any]:
         """S_i = Sample(M_{i-1}) and L_i = labels of a subset of S_i by V_{i-1} and M_{i-1}, as one stream."""
@@ -152,7 +152,7 @@ class Coordinator:
                         "rollouts": (rollout_row(r) for a in annotations for r in a.rollouts),
                     }
                 )
-        return self._notes(**report.notes(), labels=writer.rows("labels"), files=writer.files, seconds=writer.seconds)
+        return self._notes(**report.notes(), labels=writer.rows("labels"), files=writer.files)
 
     def _writer(self, stage: str, *kinds: Kind) -> StageWriter:
         return self._store.stage_writer(stage, kinds, self._config.ray.questions_per_shard)

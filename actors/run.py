@@ -161,9 +161,9 @@ class Run:
             self._tracking.open()
             self._coordinator.stage = name
             self._reporter.begin(name)
-            start = time.monotonic()
+            before, start = self._store.progress(name)["seconds"], time.monotonic()  # an earlier driver's, and our own
             entry = dict(work())
-            entry["seconds"] = entry.get("seconds", 0.0) + time.monotonic() - start  # a resumed stage has some already
+            entry["seconds"] = before + time.monotonic() - start
             updates = entry.pop("metrics", [])
             notes = {key: value for key, value in entry.items() if key != "files"}
             self._store.log(name, [*updates, notes])
@@ -208,7 +208,8 @@ class Run:
         if self._trainer is None:
             keep = self.config.trainer.keep_workers and not in_turn
             workers = replace(self.config.trainer, keep_workers=keep)
-            self._trainer = Trainer(workers, self._store.folder.locate("train"), name="train")
+            storage = self._store.folder.locate("train")
+            self._trainer = Trainer(workers, storage, name="train", warn=self._reporter.warn)
         result = self._trainer.train(job, self._reporter.update, partial(self._tracking.updates, stage))
         if result.too_long:
             limit = f"{Path(stage).name}.max_tokens = {job.config.max_tokens}"

@@ -20,7 +20,9 @@ from typing import Any, NoReturn
 
 import ray
 import ray.train
+from ray import PlacementGroupID
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs
@@ -29,6 +31,9 @@ from actors.telemetry import Telemetry
 from sapo_ray.errors import SapoError
 from sapo_ray.files import absolute
 from sapo_ray.training import TrainerConfig, TrainJob, TrainResult, finished
+
+CLOSE_SECONDS = 120.0
+"""How long workers that are at nothing may take to end."""
 
 OnProgress = Callable[[int, int, str], None]
 Updates = list[dict[str, float]]
@@ -145,9 +150,9 @@ class _Group:
 class Trainer:
     """Trains jobs one after the other on a group of workers, which starts with the first. Needs an initialised Ray."""
 
-    def __init__(self, config: TrainerConfig, storage_path: str | Path, name: str) -> None:
+    def __init__(self, config: TrainerConfig, storage_path: str | Path, name: str, warn: Callable[[str], None]) -> None:
         """Ray Train keeps its own state under `storage_path`/`name`; the path may be a URI."""
-        self._config, self._storage_path, self._name = config, absolute(storage_path), name
+        self._config, self._storage_path, self._name, self._warn = config, absolute(storage_path), name, warn
         self._group: _Group | None = None
 
     def start(self) -> None:
@@ -215,13 +220,21 @@ class Trainer:
         return ray.get(outcome)
 
     def close(self) -> None:
-        """Let the workers go, and wait until they have, unless they are still at a training that was interrupted."""
+        """Let the workers go, and wait until they have, unless they are still at a training that was interrupted.
+
+        Those that are at nothing and do not go are killed, and warned of.
+        """
         if self._group is None:
             return
         group, self._group = self._group, None
-        with suppress(RayActorError):  # without their board, the workers fail by themselves
-            if ray.get(group.board.close.remote()):
-                ray.wait([group.fit])
+        with suppress(RayError):  # without their board, the workers fail by themselves
+            closed = group.board.close.remote()
+            if ray.wait([closed], timeout=CLOSE_SECONDS)[0] and not ray.get(closed):
+                return
+            if not ray.wait([group.fit], timeout=CLOSE_SECONDS)[0]:
+                ray.kill(group.board)
+                _remove_groups()
+                self._warn(f"the training workers have not ended within {CLOSE_SECONDS:g} s; they are killed")
 
 
 class _News:
@@ -331,6 +344,17 @@ def _waiting_for(config: TrainerConfig) -> str | None:
         return None
     each = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
     return f"{config.workers} training workers wait for nodes with {each} each"
+
+
+def _remove_groups() -> None:
+    """Remove this job's placement groups, which outlive the board that they were made for, and what runs in them.
+
+    Nothing but trainings makes any. A group's id ends with its job's.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for name in ray.util.placement_group_table():
+        if name.endswith(job):
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def _absolute(job: TrainJob) -> TrainJob:

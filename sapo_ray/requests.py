@@ -150,7 +150,8 @@ class EngineConfig(PoolConfig):
     """Do without compilation, which costs start-up time and pays off on GPUs."""
     sleep: bool = changeable(False)
     """Where `placement` is `colocated`: keep the engine's process and have it give back its memory only (vLLM's sleep
-    mode, GPUs only), instead of ending it. `gpus_per_worker` must then leave the trainer a fraction of the device."""
+    mode, GPUs only), instead of ending it. `gpus_per_worker` must then be above 0.5, so that no two engines share a
+    GPU, and below 1, which leaves the trainer a fraction of it: with `tensor_parallel_size` above 1 none can sleep."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's AsyncEngineArgs, such as `attention_backend`; they win over the keys above. Not
     `trust_remote_code`: no code that comes with a model is run."""
@@ -169,8 +170,11 @@ class EngineConfig(PoolConfig):
             )
         if "trust_remote_code" in self.extra:
             raise ValueError("extra names trust_remote_code; no code that comes with a model is run: leave it out")
-        if self.sleep and not 0 < self.gpus_per_worker < 1:
-            raise ValueError(f"sleep is true and gpus_per_worker {self.gpus_per_worker}; it must lie between 0 and 1")
+        if self.sleep and not 0.5 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"sleep is true and gpus_per_worker {self.gpus_per_worker:g}; it must lie above 0.5, or two engines "
+                "would share a GPU, and below 1, which leaves the trainer a fraction of it"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must lie above 0 and at most at 1"

@@ -103,12 +103,12 @@ class StageWriter:
         self._begun, self._writing = time.monotonic(), threading.Lock()
         self._committed = self._begun
         self.resumed = run.has(self._record)
-        """Whether there was an attempt before, whose items, seconds and snapshot follow."""
+        """Whether there was an attempt before, whose items and snapshot follow."""
         try:
             progress = read_progress(run, self._record)
         except DamagedError as error:
             raise DamagedError(f"{error}; remove it to begin {stage} anew") from error
-        self.items, self.state, self.seconds = progress["items"], progress["state"], progress["seconds"]
+        self.items, self.state, self._seconds = progress["items"], progress["state"], progress["seconds"]
         self.snapshot: Callable[[], dict[str, Any]] = dict
         """Set it to what gives the state after the items added so far, as JSON."""
         self._done = self.items
@@ -149,7 +149,7 @@ class StageWriter:
                 writer.flush()
             progress: Progress = {
                 "items": self._done,
-                "seconds": self.seconds + time.monotonic() - self._begun,
+                "seconds": self._seconds + time.monotonic() - self._begun,
                 "state": self.snapshot(),
                 "files": self.files,
             }

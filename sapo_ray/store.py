@@ -38,7 +38,17 @@ from sapo_ray.manifest import (
     remedy,
     to_json,
 )
-from sapo_ray.shards import PROGRESS, SCHEMAS, Kind, ShardWriter, StageWriter, progress_file, read_progress, read_rows
+from sapo_ray.shards import (
+    PROGRESS,
+    SCHEMAS,
+    Kind,
+    Progress,
+    ShardWriter,
+    StageWriter,
+    progress_file,
+    read_progress,
+    read_rows,
+)
 from sapo_ray.training import RESULT_FILE
 
 T = TypeVar("T")
@@ -110,6 +120,10 @@ class RunDirectory:
     def stages(self) -> dict[str, dict[str, Any]]:
         """Every finished stage with its notes, in the order in which they finished."""
         return Manifest(self.folder).stages()
+
+    def progress(self, stage: str) -> Progress:
+        """How far a stage is that has not finished. Raises DamagedError."""
+        return read_progress(self.folder, progress_file(stage))
 
     def finish(self, stage: str, notes: Mapping[str, Any]) -> None:
         """Enter a stage in the manifest: its notes, among them as `files` the records of what it wrote."""

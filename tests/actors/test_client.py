@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 
 from actors import client
 from actors.client import CoordinatorClient
@@ -78,7 +80,7 @@ def sample(config: RunConfig, model: str, store: RunDirectory, reporter: Disturb
     with CoordinatorClient(config, store.location, reporter) as coordinator:
         coordinator.use(reasoner=model, verifier=model)
         notes = coordinator.call("sample_and_label", 1)
-    kept = {key: value for key, value in notes.items() if key not in ("seconds", "files")}
+    kept = {key: value for key, value in notes.items() if key != "files"}
     return {"notes": kept, **{kind: list(store.read(1, kind)) for kind in KINDS}}
 
 
@@ -119,38 +121,109 @@ def test_a_coordinator_that_cannot_start_says_why_at_once(config: RunConfig) -> 
         coordinator.call("sample_and_label", 1)
 
 
-class Mute:
-    """A coordinator whose process lives and answers nothing."""
+class Listening(Disturbance):
+    """A reporter that keeps the warnings."""
 
-    def __init__(self, *_: object) -> None: ...
+    def __init__(self) -> None:
+        super().__init__(0, lambda: None)
+        self.warnings = list[str]()
 
-    async def enter(self, stage: str) -> None: ...
+    def warn(self, sign: str) -> None:
+        self.warnings.append(sign)
 
-    async def progress(self) -> None:
+
+def mute(*methods: str) -> type:
+    """A coordinator of which these methods never answer, and the others do at once. Ray pickles it by value."""
+
+    async def answer(self: object, *_: object) -> dict[str, Any]:
+        return {"done": 0, "total": 0, "tokens": 0, "unplaced": {}, "events": []}
+
+    async def never(self: object, *_: object) -> None:
         await asyncio.Event().wait()
 
-    async def evaluate(self, stage: str) -> None:
-        await asyncio.Event().wait()
+    names = ("__init__", "enter", "progress", "evaluate", "pause", "resume", "close")
+    made = {"__init__": lambda self, *_: None, **dict.fromkeys(names[1:], answer), **dict.fromkeys(methods, never)}
+    return type("Mute", (), made)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "methods", [("enter",), pytest.param(("evaluate", "progress"), marks=pytest.mark.slow)], ids=" ".join
+)
 def test_a_coordinator_that_does_not_answer_is_started_again_and_at_last_given_up(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(client, "Coordinator", Mute)
-    monkeypatch.setattr(client, "HUNG_AFTER", 0.5)
-    warnings = list[str]()
-
-    class Listening(Disturbance):
-        def warn(self, sign: str) -> None:
-            warnings.append(sign)
-
+    monkeypatch.setattr(client, "Coordinator", mute(*methods))
+    monkeypatch.setattr(client, "HUNG_AFTER", 2.0)
+    reporter = Listening()
+    cause = "hung: no answer for 2 s"
     with (
-        pytest.raises(SapoError, match=r"^evaluate: the coordinator died 3 times: hung: no answer for 0.5 s$"),
-        CoordinatorClient(config, str(tmp_path), Listening(0, lambda: None)) as coordinator,
+        pytest.raises(SapoError, match=rf"^evaluate: the coordinator died 3 times without progress: {cause}$"),
+        CoordinatorClient(config, str(tmp_path), reporter) as coordinator,
     ):
         coordinator.call("evaluate", "evaluate-0")
-    assert warnings == ["evaluate: the coordinator died (hung: no answer for 0.5 s) and is started again"] * 2
+    assert reporter.warnings == [f"evaluate: the coordinator died ({cause}) and is started again"] * 2
+
+
+def test_a_coordinator_that_neither_pauses_nor_closes_is_ended(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "Coordinator", mute("pause", "close"))
+    reporter = Listening()
+    with CoordinatorClient(config, str(tmp_path), reporter) as coordinator:
+        coordinator.call("evaluate", "evaluate-0")
+        with monkeypatch.context() as impatient:
+            impatient.setattr(client, "HUNG_AFTER", 0.5)
+            coordinator.pause()
+        coordinator.call("evaluate", "evaluate-1")
+        monkeypatch.setattr(client, "HUNG_AFTER", 0.5)
+    assert reporter.warnings == [
+        "pause: the coordinator died (hung: no answer for 0.5 s); the next stage starts another",
+        "close: the coordinator hung: no answer for 0.5 s; it is killed",
+    ]
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("its node ran out of memory"), WorkerCrashedError()], ids=repr)
+def test_a_coordinator_that_ray_kills_is_started_again(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RayError
+) -> None:
+    """Ray's memory monitor, and some deaths of a process, are told by errors that are no RayActorError."""
+    monkeypatch.setattr(client, "Coordinator", mute())
+    wait, deaths = CoordinatorClient._wait, [error]
+
+    def die_once(self: CoordinatorClient, answer: Any) -> Any:
+        if deaths:
+            raise deaths.pop()
+        return wait(self, answer)
+
+    monkeypatch.setattr(CoordinatorClient, "_wait", die_once)
+    reporter = Listening()
+    with CoordinatorClient(config, str(tmp_path), reporter) as coordinator:
+        assert coordinator.call("evaluate", "evaluate-0")["done"] == 0
+    assert reporter.warnings == [f"evaluate: the coordinator died ({error}) and is started again"]
+
+
+def test_deaths_count_only_where_nothing_was_recorded_before_them(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, recorded = tmp_path / "round-1" / "sample.progress.json", 4
+    record.parent.mkdir()
+    record.write_text(json.dumps({"items": 1, "seconds": 0.0, "state": {}, "files": {}}))  # an earlier driver's
+
+    async def die(self: object) -> None:
+        progress = json.loads(record.read_text())
+        if progress["items"] < recorded:
+            record.write_text(json.dumps({**progress, "items": progress["items"] + 1}))
+        os._exit(1)
+
+    dying = mute()
+    dying.sample = die  # type: ignore[attr-defined]
+    monkeypatch.setattr(client, "Coordinator", dying)
+    reporter = Listening()
+    coordinator = CoordinatorClient(config, str(tmp_path), reporter)
+    coordinator.stage = "round-1/sample"
+    with pytest.raises(SapoError, match=r"^sample: the coordinator died 3 times without progress: "), coordinator:
+        coordinator.call("sample")
+    assert len(reporter.warnings) == recorded - 1 + 2
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_a_coordinator_killed_at_any_request_and_started_again_makes_the_same_st
         except KilledError:
             continue
     notes = stage(config, killed.path, number)
-    assert {**notes, "seconds": 0} == {**expected, "seconds": 0}
+    assert notes == expected
     assert shards(killed, notes) == shards(undisturbed, expected)
     assert notes["cost"]["generated_tokens"] > 0
     assert notes["trajectories"]["sampled"] > 0
@@ -138,7 +138,7 @@ def test_what_is_done_when_an_engine_dies_is_not_done_again(config: RunConfig, t
     assert 0 < progress["state"]["cost"]["generated_tokens"] < expected["cost"]["generated_tokens"]
     before = shards(stopped, progress)
     notes = stage(config, stopped.path, 1)
-    assert {**notes, "seconds": 0, "files": 0} == {**expected, "seconds": 0, "files": 0}
+    assert {**notes, "files": 0} == {**expected, "files": 0}
     assert shards(stopped, progress) == before
 
 
@@ -165,7 +165,7 @@ def test_a_question_that_is_left_out_is_noted_once_and_moves_no_other(
         stage(config, stopped.path, 1, deadly=100)
     assert json.loads(stopped.folder.read("round-1/sample.progress.json"))["state"]["quarantined"]
     notes = stage(config, stopped.path, 1)
-    assert {**notes, "seconds": 0} == {**expected, "seconds": 0}
+    assert notes == expected
     assert shards(stopped, notes) == shards(undisturbed, expected)
     assert [left_out["question_id"] for left_out in notes["quarantined"]] == questions[:1]
     assert [row["question_id"] for row in stopped.read(1, "trajectories")] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
+from actors import client, trainer
 from actors.client import CoordinatorClient
 from actors.trainer import Trainer, TrainingError
 from launch.progress import ConsoleReporter
@@ -35,15 +38,16 @@ def taken() -> Iterator[Any]:
 
 
 class Listener:
-    """Does something once, when it is told that something waits."""
+    """Does something once, when it is told for the `at`-th time that something waits."""
 
-    def __init__(self, deed: Callable[[], None]) -> None:
-        self._deed, self.told = deed, list[str]()
+    def __init__(self, deed: Callable[[], None], at: int = 1) -> None:
+        self._deed, self._at, self.told = deed, at, list[str]()
 
     def __call__(self, done: int, total: int, detail: str) -> None:
-        if "wait" in detail and not self.told:
+        if "wait" in detail and len(self.told) < self._at:
             self.told.append(detail)
-            self._deed()
+            if len(self.told) == self._at:
+                self._deed()
 
 
 def kill_board() -> None:
@@ -56,7 +60,7 @@ def kill_board() -> None:
 
 @pytest.mark.usefixtures("taken")
 def test_a_training_without_nodes_says_what_it_waits_for_and_ends_where_its_board_dies(tmp_path: Path) -> None:
-    trainer = Trainer(TrainerConfig(workers=2, cpus_per_worker=0.4), tmp_path / "ray", "train")
+    group = Trainer(TrainerConfig(workers=2, cpus_per_worker=0.4), tmp_path / "ray", "train", pytest.fail)
     listener = Listener(kill_board)
     job = TrainJob(
         objective="sft",
@@ -68,13 +72,75 @@ def test_a_training_without_nodes_says_what_it_waits_for_and_ends_where_its_boar
         seed=0,
     )
     with pytest.raises(TrainingError, match=r"out: the board that its workers take it from died \(.*start again to go"):
-        trainer.train(job, listener)
+        group.train(job, listener)
     assert listener.told == ["2 training workers wait for nodes with 0.4 CPU each"]
 
 
-def test_a_coordinator_without_a_node_says_what_it_waits_for(taken: Any, tmp_path: Path) -> None:
-    reporter, listener = ConsoleReporter(), Listener(lambda: ray.util.remove_placement_group(taken))
+@pytest.mark.usefixtures("taken")
+def test_training_workers_that_do_not_go_are_killed_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def groups() -> list[str]:
+        return sorted(group["state"] for group in ray.util.placement_group_table().values())
+
+    monkeypatch.setattr(trainer, "CLOSE_SECONDS", 0.5)
+    warnings = list[str]()
+    workers = Trainer(TrainerConfig(cpus_per_worker=0.4), tmp_path / "ray", "train", warnings.append)
+    workers.start()
+    while groups() != ["CREATED", "PENDING"]:  # they wait for a CPU: so they cannot end
+        time.sleep(0.1)
+    workers.close()
+    assert warnings == ["the training workers have not ended within 0.5 s; they are killed"]
+    while groups() != ["REMOVED", "REMOVED"]:  # what was taken is of the same job
+        time.sleep(0.1)
+
+
+def test_a_coordinator_without_a_node_says_what_it_waits_for_and_is_not_taken_for_hung(
+    taken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_room() -> None:
+        monkeypatch.undo()
+        ray.util.remove_placement_group(taken)
+
+    monkeypatch.setattr(client, "HUNG_AFTER", 0.5)
+    reporter, listener = ConsoleReporter(), Listener(make_room, at=2)
     reporter.update = listener  # type: ignore[method-assign]
-    with CoordinatorClient(load_config(RunConfig, TINY), str(tmp_path), reporter) as client:
-        assert client.call("progress")["done"] == 0
-    assert listener.told == ["the coordinator waits for a node with 0.1 CPU"]
+    with CoordinatorClient(load_config(RunConfig, TINY), str(tmp_path), reporter) as coordinator:
+        assert coordinator.call("progress")["done"] == 0
+    assert listener.told == ["the coordinator waits for a node with 0.1 CPU"] * 2
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[str, str]]:
+    """The driver's node and another, of a CPU each."""
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=1)
+    yield ray.get_runtime_context().get_node_id(), other.node_id
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_coordinator_is_beside_its_driver_unless_there_is_no_room(
+    nodes: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Placed:
+        def __init__(self, *_: object) -> None: ...
+
+        async def enter(self, stage: str) -> None: ...
+
+        async def evaluate(self) -> str:
+            return ray.get_runtime_context().get_node_id()
+
+        async def close(self) -> None: ...
+
+    def place() -> str:
+        with CoordinatorClient(load_config(RunConfig, TINY), str(tmp_path), ConsoleReporter()) as coordinator:
+            return coordinator.call("evaluate")
+
+    monkeypatch.setattr(client, "Coordinator", Placed)
+    here, other = nodes
+    groups = [ray.util.placement_group([{"CPU": n}], "STRICT_PACK", _soft_target_node_id=here) for n in (0.7, 0.3)]
+    assert all(group.wait(60) for group in groups)
+    assert place() == other
+    ray.util.remove_placement_group(groups[1])
+    assert place() == here  # though Ray itself would rather have the idle one

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from actors import run as driver
 from actors.run import Run
 from actors.trainer import TrainingError
 from launch.progress import ConsoleReporter
+from sapo_ray import shards
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.files import Folder
@@ -73,3 +77,28 @@ def test_a_driver_that_lost_its_lease_within_a_stage_enters_nothing(tmp_path: Pa
             run._stage("round-0/sft", work)
         assert list(folder.sizes()) == lost
     assert list(RunDirectory(folder.location).stages()) == ["round-0/original"]
+
+
+def test_a_stage_takes_its_drivers_seconds_and_those_that_an_earlier_one_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once more those of a coordinator that died under this driver, though its successor finds them recorded."""
+    store, now, stage = RunDirectory(tmp_path / "run"), [0.0], "round-1/sample"
+    store.create()
+    for module in (driver, shards):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def coordinator(seconds: float) -> None:
+        with store.stage_writer(stage, ["trajectories"], 1) as writer:
+            now[0] += seconds
+            asyncio.run(writer.add({}))
+
+    def work() -> dict[str, Any]:
+        coordinator(20)
+        now[0] += 5  # until another one is up
+        coordinator(30)
+        return {}
+
+    coordinator(10)
+    notes = Run(config(), store, ConsoleReporter())._stage(stage, work)
+    assert notes["seconds"] == store.stages()[stage]["seconds"] == 10 + 20 + 5 + 30

@@ -64,7 +64,9 @@ def trainers(home: Path) -> Iterator[dict[int, Trainer]]:
     ray.init(num_cpus=2, log_to_driver=False, _system_config={"metrics_report_interval_ms": 3000})
     lone = TrainerConfig(workers=1, cpus_per_worker=0.5, max_failures=0)
     pair = replace(lone, workers=2, max_failures=1, placement="spread")
-    trainers = {config.workers: Trainer(config, home / "ray", f"of-{config.workers}") for config in (lone, pair)}
+    trainers = {
+        config.workers: Trainer(config, home / "ray", f"of-{config.workers}", pytest.fail) for config in (lone, pair)
+    }
     for trainer in trainers.values():
         trainer.start()
     yield trainers

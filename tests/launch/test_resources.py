@@ -144,8 +144,14 @@ def test_what_is_up_at_the_same_time_is_what_a_command_starts() -> None:
     assert _sections(replace(CONFIG, task=code)) == [pools | {"executor", "trainer"}]
     colocated = replace(CONFIG, task=code, placement="colocated")
     assert _sections(colocated) == [pools | {"executor"}, {"ray", "trainer"}]
-    sleeping = replace(colocated, engine=EngineConfig(gpus_per_worker=0.5, sleep=True))
+    sleeping = replace(colocated, engine=EngineConfig(gpus_per_worker=0.6, sleep=True))
     assert _sections(sleeping) == [pools | {"executor"}, {"ray", "engine", "trainer"}]
+
+
+@pytest.mark.parametrize("gpus", [0.5, 1])
+def test_an_engine_that_sleeps_shares_its_gpu_with_the_trainer_and_no_other_engine(gpus: float) -> None:
+    with pytest.raises(ValueError, match=rf"gpus_per_worker {gpus}; it must lie above 0.5, or two .*, and below 1"):
+        EngineConfig(gpus_per_worker=gpus, sleep=True)
 
 
 def test_tenths_of_a_cpu_add_up_to_whole_ones() -> None:
