@@ -21,11 +21,12 @@ from typing import Any, NoReturn
 import ray
 import ray.train
 from ray import PlacementGroupID
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import logs
+from actors.errors import KILLED
 from actors.flush import FLUSH_SECONDS
 from actors.telemetry import Telemetry
 from sapo_ray.errors import SapoError
@@ -187,7 +188,7 @@ class Trainer:
         assert self._group is not None
         try:
             result = self._outcome(self._group, job, news)
-        except RayActorError as error:
+        except KILLED as error:
             self._group = None
             raise TrainingError(
                 f"{job.out}: the board that its workers take it from died ({_last_line(error)}); start again to go on "
@@ -200,8 +201,8 @@ class Trainer:
         return result
 
     def _outcome(self, group: _Group, job: TrainJob, news: _News) -> TrainResult | str:
-        """What a group makes of a job. Raises TrainingError where the group ends before it, RayActorError where the
-        board does."""
+        """What a group makes of a job. Raises TrainingError where the group ends before it, one of KILLED where
+        the board does."""
         board, fit = group.board, group.fit
         number = ray.get(board.post.remote(job))
         outcome = board.outcome.remote(number)
