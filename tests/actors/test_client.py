@@ -20,6 +20,7 @@ from launch.session import ray_session
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.errors import SapoError
+from sapo_ray.manifest import sealed, unsealed
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory
@@ -207,12 +208,13 @@ def test_deaths_count_only_where_nothing_was_recorded_before_them(
 ) -> None:
     record, recorded = tmp_path / "round-1" / "sample.progress.json", 4
     record.parent.mkdir()
-    record.write_text(json.dumps({"items": 1, "seconds": 0.0, "state": {}, "files": {}}))  # an earlier driver's
+    earlier = {"items": 1, "seconds": 0.0, "state": {}, "files": {}}
+    record.write_text(sealed("", earlier))  # an earlier driver's
 
     async def die(self: object) -> None:
-        progress = json.loads(record.read_text())
-        if progress["items"] < recorded:
-            record.write_text(json.dumps({**progress, "items": progress["items"] + 1}))
+        items = unsealed("", record.read_bytes())["items"]
+        if items < recorded:
+            record.write_text(sealed("", {**earlier, "items": items + 1}))
         os._exit(1)
 
     dying = mute()
