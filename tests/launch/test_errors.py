@@ -99,7 +99,7 @@ def _tree(folder: Path) -> list[Path]:
             ["engine.tensor_parallel_size=4", "engine.gpus_per_worker=2"],
             "command line: engine.tensor_parallel_size is 4; a worker has 2 GPUs (gpus_per_worker), ",
         ),
-        (["engine.sleep=true"], "command line: engine.sleep is true and gpus_per_worker 0.0; it must lie between 0 "),
+        (["engine.sleep=true"], "command line: engine.sleep is true and gpus_per_worker 0; it must lie above 0.5, "),
         (["engine.extra.trust_remote_code=true"], "command line: engine.extra names trust_remote_code; no code that "),
         (["model.attention=hub/kernel"], "command line: model.attention is 'hub/kernel'; it must be one of eager, "),
         (["scaling.max_kills=1"], "command line: scaling.max_kills is 1; it must be at least 2: "),
