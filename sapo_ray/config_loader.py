@@ -60,8 +60,14 @@ def changeable(default: T) -> T:
 
 
 def changeable_keys(schema: type) -> set[str]:
-    """The names of a schema's keys that were declared `changeable`."""
-    return {key.name for key in describe(schema) if key.changeable}
+    """The dotted names of a schema's keys that were declared `changeable`."""
+    hints, names = get_type_hints(schema), set[str]()
+    for entry in fields(schema):
+        sections = _sections(hints[entry.name]).values()
+        names |= {f"{entry.name}.{name}" for section in sections for name in changeable_keys(section)}
+        if not sections and entry.metadata.get("changeable"):
+            names.add(entry.name)
+    return names
 
 
 def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

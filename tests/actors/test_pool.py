@@ -320,9 +320,10 @@ def test_a_hung_worker_is_replaced(word: str) -> None:
         await until(pool, lambda stats: stats.in_flight == 2)
         while pool.stats().counts.get("hung", 0) < 1:
             await asyncio.sleep(0.05)
-        pool.load_soon = asyncio.ensure_future(pool.load("second"))  # type: ignore[attr-defined]
+        loading = asyncio.ensure_future(pool.load("second"))
         assert await results == [2 * word, "workwork"]
         assert pool.stats().counts["hung"] == 1
+        await loading
 
     run(test, workers=2, batch_size=1, in_flight=1, scaling=ScalingConfig(hang_after=1))
 
