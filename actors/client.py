@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.coordinator import Coordinator
 from actors.errors import KILLED
 from actors.flush import FLUSH_SECONDS
+from actors.worker import is_placed
 from sapo_ray.config import RunConfig
 from sapo_ray.errors import SapoError, one_line, told
 from sapo_ray.progress import Reporter
@@ -148,7 +149,7 @@ class CoordinatorClient:
     def _enter(self, stage: str) -> None:
         """Have the coordinator work for a stage. It may wait for a node as long as it takes, which is shown."""
         entered = self._actor.enter.remote(stage)
-        while not ray.wait([entered], timeout=1.0)[0] and not _is_placed(self._actor):
+        while not ray.wait([entered], timeout=1.0)[0] and not is_placed(self._actor):
             cpus = self._config.ray.coordinator_cpus
             self._reporter.update(0, 0, f"the coordinator waits for a node with {cpus:g} CPU")
         ray.get(entered, timeout=HUNG_AFTER)
@@ -169,8 +170,3 @@ class CoordinatorClient:
 def _cause(error: RayError) -> str:
     """Why a coordinator is lost."""
     return f"hung: no answer for {HUNG_AFTER:g} s" if isinstance(error, GetTimeoutError) else one_line(error)
-
-
-def _is_placed(actor: Any) -> bool:
-    """Whether Ray has found a node for an actor: from then on it has a process, which may still be starting."""
-    return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))

@@ -26,7 +26,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTas
 
 from actors.errors import DEATHS, KILLED, AnswerLostError, EngineDeadError, HungError, QuarantinedError, WorkerError
 from actors.logs import about
-from actors.worker import Place, log_tail
+from actors.worker import Place, is_placed, log_tail
 from sapo_ray.errors import one_line, told
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, Load, Meter, ScalingConfig, growth, tried_together
@@ -50,6 +50,7 @@ class HasId(Protocol):
 
 Request = TypeVar("Request", bound=HasId)
 Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +287,7 @@ class ElasticPool(Generic[Request, Result]):
 
     async def _start(self, worker: _Worker) -> None:
         try:
-            worker.place = await worker.actor.where.remote()
+            worker.place = await self._place(worker)
             await self._in_time(self._make_ready(worker))
             while worker.version != self._version:  # loaded meanwhile; from here to `ready` nothing is waited for
                 await self._in_time(self._reload(worker))
@@ -302,6 +303,13 @@ class ElasticPool(Generic[Request, Result]):
             self._spawn(self._watch(worker))
             self._changed.set()
             self._wake()
+
+    async def _place(self, worker: _Worker) -> Place:
+        """Where a worker runs. It may wait for a node for as long as it takes, but once it has one, not for a word."""
+        where = asyncio.ensure_future(worker.actor.where.remote())
+        while not (await asyncio.wait([where], timeout=_SCHEDULING))[0] and not is_placed(worker.actor):
+            pass
+        return await self._in_time(where)
 
     def _fail_start(self, worker: _Worker, error: Exception) -> None:
         """Try again, or break the pool: over workers that it cannot do without, where that happens again and again; at
@@ -323,10 +331,10 @@ class ElasticPool(Generic[Request, Result]):
         await worker.actor.ready.remote()
         await self._reload(worker)
 
-    async def _in_time(self, work: Awaitable[None]) -> None:
+    async def _in_time(self, work: Awaitable[Answer]) -> Answer:
         """A worker's start, or a command to it. Raises HungError where that takes `start_within` seconds."""
         try:
-            await asyncio.wait_for(work, self._scaling.start_within)
+            return await asyncio.wait_for(work, self._scaling.start_within)
         except TimeoutError:
             raise HungError(f"hung: no answer for {self._scaling.start_within:g} s") from None
 

@@ -67,6 +67,11 @@ def actor_class(worker: type[PoolWorker], config: PoolConfig, environment: Mappi
     return ray.remote(**options)(worker)
 
 
+def is_placed(actor: Any) -> bool:
+    """Whether Ray has found a node for an actor: from then on it has a process, which may still be starting."""
+    return bool(ray._private.state.actors(actor._actor_id.hex()).get("Pid"))
+
+
 async def log_tail(place: Place | None) -> str:
     """The last lines of a dead worker's output; a note instead where they cannot be had."""
     if place is None or not place.logs:

@@ -70,6 +70,8 @@ class Doubler(PoolWorker):
     def __init__(self, checkpoint: str, gate: Any = None) -> None:
         self.checkpoint, self.gate = checkpoint, gate
         self.awake = True
+        if checkpoint == "stillborn":
+            time.sleep(1000)
 
     async def ready(self) -> None:
         if self.checkpoint == "slow start":
@@ -500,10 +502,16 @@ def test_a_worker_that_hangs_over_a_checkpoint_is_replaced_by_one_that_starts_wi
     run(test, scaling=ScalingConfig(start_within=2))
 
 
-def test_workers_that_never_start_end_the_pool_with_that_cause() -> None:
+@pytest.mark.parametrize("checkpoint", ["endless", "stillborn"])
+def test_workers_that_never_start_end_the_pool_with_that_cause(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: str
+) -> None:
+    """Be they in their process and never ready, or never so far as to say where they are."""
+    monkeypatch.setattr("actors.pool._SCHEDULING", 0.5)
+
     async def main() -> None:
         pool = make_pool(scaling=ScalingConfig(start_within=2))
         with pytest.raises(WorkerError, match="start failed: hung: no answer for 2 s"):
-            await asyncio.wait_for(pool.load("endless"), 90)
+            await asyncio.wait_for(pool.load(checkpoint), 90)
 
     asyncio.run(main())
