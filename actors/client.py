@@ -73,7 +73,7 @@ class CoordinatorClient:
         if self._actor is None:
             return
         try:
-            ray.get(self._actor.pause.remote(), timeout=HUNG_AFTER)
+            self._wait(self._actor.pause.remote())
             self._paused = True
         except RayTaskError as error:
             raise SapoError(f"pause: {told(error.cause)}") from error

@@ -315,11 +315,11 @@ class ElasticPool(Generic[Request, Result]):
         """Try again, or break the pool: over workers that it cannot do without, where that happens again and again; at
         once over what the very first ones say, such as that there is no such model. One more than those, on a bad node,
         say, ends nothing: for a while no other is asked for."""
-        self._failed_starts += not _node_is_lost(error)
-        died = isinstance(error, DEATHS)
         if self._has_enough():
             self._rest_until = time.monotonic() + _REST
-        elif self._failed_starts >= FAILED_STARTS or not (died or self._was_up):
+            return self._lose(worker, error)
+        self._failed_starts += not _node_is_lost(error)
+        if self._failed_starts >= FAILED_STARTS or not (isinstance(error, DEATHS) or self._was_up):
             self._break(error if isinstance(error, WorkerError) else self._error(worker, "start", error))
         self._lose(worker, error)
 
@@ -518,10 +518,13 @@ class ElasticPool(Generic[Request, Result]):
 
     def _suspect(self, waiting: _Waiting[Request, Result], cause: Exception) -> None:
         """Count a death against a request. A node that goes away is not its fault; but one that takes all memory may
-        take its node along, so that of losses that nobody announced, as of a spot node, the last ones count."""
-        lost = _node_is_lost(cause)
-        waiting.lost_nodes += lost and not getattr(cause, "preempted", False)
-        waiting.kills += not lost or waiting.lost_nodes >= self._scaling.max_kills
+        take its node along, so that the last of several losses count: of nodes that fell while the request was at work,
+        with no notice, as a spot node gives."""
+        if not _node_is_lost(cause):
+            waiting.kills += 1
+        elif isinstance(cause, RayActorError) and not cause.preempted:
+            waiting.lost_nodes += 1
+            waiting.kills += waiting.lost_nodes >= self._scaling.max_kills
 
     async def _set_aside(self, waiting: _Waiting[Request, Result], worker: _Worker, cause: str) -> None:
         self._counts["quarantined"] += 1

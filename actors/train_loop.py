@@ -146,8 +146,8 @@ class Training:
             progress.updates += 1
             progress.seconds = time.monotonic() - self.begun
             by_count = config.checkpoint_every > 0 and progress.updates % config.checkpoint_every == 0
-            saves = stops or is_due or by_count
             ends = progress.updates == len(batches)
+            saves = stops or by_count or (is_due and not ends)
             if dist.get_rank() == 0 and (saves or ends or progress.seconds > reported_at + 1):
                 report(len(batches), progress.metrics[reported:])
                 reported_at, reported = progress.seconds, progress.updates

@@ -22,8 +22,8 @@ class ScalingConfig:
     shrink_after: float = changeable(120.0)
     """Seconds without work after which a worker is ended, down to `workers`."""
     start_within: float = changeable(1800.0)
-    """Seconds in which a worker that Ray has placed must be ready, or have loaded another checkpoint: it may have to
-    copy it and to compile. One that is not is taken for hung and replaced."""
+    """Seconds in which a worker that Ray has placed must answer at all, then be ready, and later have loaded another
+    checkpoint: it may have to copy it and to compile. One that does not is taken for hung and replaced."""
     hang_after: float = changeable(600.0)
     """Seconds in which a worker with work does nothing, or does not answer at all, before it is taken for hung and
     replaced."""

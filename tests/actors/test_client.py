@@ -168,7 +168,7 @@ def test_a_coordinator_that_does_not_answer_is_started_again_and_at_last_given_u
 def test_a_coordinator_that_neither_pauses_nor_closes_is_ended(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "Coordinator", mute("pause", "close"))
+    monkeypatch.setattr(client, "Coordinator", mute("pause", "progress", "close"))
     reporter = Listening()
     with CoordinatorClient(config, str(tmp_path), reporter) as coordinator:
         coordinator.call("evaluate", "evaluate-0")

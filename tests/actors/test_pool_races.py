@@ -27,6 +27,8 @@ from actors.worker import Place
 from sapo_ray.requests import PoolConfig
 from sapo_ray.scaling import Growth, ScalingConfig
 
+NODE_GONE = RayActorError(error_msg="The actor died: its node has died.")
+NO_DISK = OSError("no disk")
 TURNS = range(40)
 """More turns than a worker takes to start."""
 
@@ -180,14 +182,37 @@ def test_a_request_that_takes_node_after_node_along_is_set_aside() -> None:
         assert neighbour == "first"
         assert len(handles) == 4  # one loss is nobody's fault, and two that count
 
-    run(test, *[NodeDiedError("gone")] * 3)
+    run(test, *[NODE_GONE] * 3)
 
 
-def test_whoever_was_told_of_the_loss_of_its_node_is_held_against_no_request() -> None:
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [RayActorError(preempted=True)] * 9,
+        [NODE_GONE, *[RayActorError(preempted=True)] * 9],
+        [NodeDiedError("gone")] * 9,
+        [ObjectLostError("0" * 56, "", "")] * 9,
+    ],
+    ids=["announced", "the last announced", "the answer lay there", "the answer is lost"],
+)
+def test_a_loss_that_no_request_can_have_caused_is_held_against_none(losses: list[Exception]) -> None:
     async def test(pool: TestPool, _: list[Handle]) -> None:
         assert await submit(pool, "0") == ["first"]
 
-    run(test, *[RayActorError(preempted=True)] * 9)
+    run(test, *losses)
+
+
+def test_workers_too_many_that_cannot_start_leave_a_needed_one_its_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(pool: TestPool, handles: list[Handle]) -> None:
+        for _ in range(4):
+            pool._grow(Growth(1, "test"))
+            await turns(len(TURNS))
+        pool._lose(pool._workers[0], RayActorError())
+        await turns(4 * len(TURNS))
+        assert await submit(pool, "1") == ["first"]
+        assert len(handles) == 8
+
+    run(test, no_start=dict.fromkeys(range(1, 7), NO_DISK), max_workers=8)
 
 
 def test_a_suspect_whose_node_is_lost_stays_apart_from_others() -> None:
@@ -336,9 +361,6 @@ def test_what_is_to_come_holds_no_worker_while_others_idle() -> None:
         assert [handle.killed.is_set() for handle in handles] == [False, True]
 
     run(test, max_workers=8)
-
-
-NO_DISK = OSError("no disk")
 
 
 def test_a_worker_too_many_that_cannot_start_ends_nothing_and_is_not_asked_for_again_at_once(
