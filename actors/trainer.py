@@ -334,13 +334,10 @@ def _resources(config: TrainerConfig) -> dict[str, float]:
 
 
 def _waiting_for(config: TrainerConfig) -> str | None:
-    """The nodes that a worker group of this config waits for, as its placement group says; None where it has them.
-
-    Ray does not say whose a group is: one like it of another run counts, too.
-    """
+    """The nodes that a worker group of this config waits for, as its placement group says; None where it has them."""
     resources = _resources(config)
     bundles = [resources] * config.workers
-    groups = ray.util.placement_group_table().values()
+    groups = _placement_groups().values()
     if not any(g["state"] in ("PENDING", "RESCHEDULING") and [*g["bundles"].values()] == bundles for g in groups):
         return None
     each = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
@@ -348,14 +345,15 @@ def _waiting_for(config: TrainerConfig) -> str | None:
 
 
 def _remove_groups() -> None:
-    """Remove this job's placement groups, which outlive the board that they were made for, and what runs in them.
+    """Remove the placement groups, which outlive the board that they were made for, and what runs in them."""
+    for name in _placement_groups():
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
-    Nothing but trainings makes any. A group's id ends with its job's.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    for name in ray.util.placement_group_table():
-        if name.endswith(job):
-            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+def _placement_groups() -> dict[str, Any]:
+    """What Ray says of this job's placement groups, by their ids, which end with the job's. Only trainings make any."""
+    job, table = ray.get_runtime_context().get_job_id(), ray.util.placement_group_table()
+    return {name: group for name, group in table.items() if name.endswith(job)}
 
 
 def _absolute(job: TrainJob) -> TrainJob:

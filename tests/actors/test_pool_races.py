@@ -217,11 +217,6 @@ def test_workers_too_many_that_cannot_start_leave_a_needed_one_its_tries(monkeyp
 
 def test_a_suspect_whose_node_is_lost_stays_apart_from_others() -> None:
     async def test(pool: TestPool, _: list[Handle]) -> None:
-        suspect = submit(pool, "0")
-        await turns(len(TURNS))
-        assert await asyncio.gather(suspect, submit(pool, "1")) == [["first"], ["first"]]
-
-    async def watched(pool: TestPool, handles: list[Handle]) -> None:
         retry = pool._retry
 
         def check(*args: Any) -> None:
@@ -229,9 +224,11 @@ def test_a_suspect_whose_node_is_lost_stays_apart_from_others() -> None:
             assert not any(waiting.kills for waiting in pool._queue)
 
         pool._retry = check  # type: ignore[method-assign]
-        await test(pool, handles)
+        suspect = submit(pool, "0")
+        await turns(len(TURNS))
+        assert await asyncio.gather(suspect, submit(pool, "1")) == [["first"], ["first"]]
 
-    run(watched, RayActorError(), NodeDiedError("gone"), max_kills=3)
+    run(test, RayActorError(), NodeDiedError("gone"), max_kills=3)
 
 
 @pytest.mark.parametrize("death", [OutOfMemoryError("no memory"), WorkerCrashedError()])

@@ -27,6 +27,7 @@ def test_every_key_has_a_meaning_and_a_row() -> None:
 
 def test_keys_that_say_how_fast_and_where_a_run_works_may_change() -> None:
     keys = changeable_keys(RunConfig)
+    assert keys == {key.name for key in describe(RunConfig) if key.changeable}
     assert keys >= {"run_dir", "engine.workers", "verifier.batch_size", "trainer.gpus_per_worker", "ray.num_cpus"}
     assert keys >= {"sft.checkpoint_every", "prm.micro_batch_tokens", "align.checkpoint_minutes"}
     assert not keys & {"seed", "rounds", "engine.dtype", "engine.extra", "align.learning_rate", "align.beta"}
