@@ -49,18 +49,19 @@ class Ask:
 
 
 class Echo(PoolWorker):
-    """Answers with the request's id, unless that is the word to die. Hangs over a checkpoint of that name."""
+    """Answers with the request's id, unless that is the word to die or to hang."""
 
     def __init__(self, checkpoint: str) -> None: ...
 
     async def ready(self) -> None: ...
 
-    async def load(self, checkpoint: str) -> None:
-        await asyncio.sleep(1000 if checkpoint == "endless" else 0)
+    async def load(self, checkpoint: str) -> None: ...
 
     async def echo(self, batch: list[Ask]) -> list[str]:
         if any(ask.id == "die" for ask in batch):
             os._exit(1)
+        if any(ask.id == "hang" for ask in batch):
+            await asyncio.sleep(1000)
         self.progress += 1
         return [ask.id for ask in batch]
 
@@ -82,11 +83,12 @@ class Process:
         )
         hanging = PoolConfig(cpus_per_worker=0)
         self.hanging: ElasticPool[Ask, str] = ElasticPool(
-            "hanging", actor.remote, "echo", hanging, ScalingConfig(start_within=5)
+            "hanging", actor.remote, "echo", hanging, ScalingConfig(max_kills=2, hang_after=2)
         )
         self.publishing = asyncio.create_task(self.publish())
         await self.hanging.load("any")
-        await self.hanging.load("endless")
+        with pytest.raises(QuarantinedError):
+            await self.hanging.submit(Ask("hang"))
         await self.pool.load("any")
         with pytest.raises(QuarantinedError):
             await self.pool.submit(Ask("die"))
@@ -135,7 +137,7 @@ def test_every_metric_is_exported_under_its_name_with_its_tags(scrape: Callable[
     assert (value("sapo_prompt_tokens"), value("sapo_cached_tokens"), value("sapo_generated_tokens")) == (3, 4, 11)
     assert (value("sapo_retries", pool="test"), value("sapo_quarantined", pool="test")) == (1, 1)
     assert value("sapo_lost_workers", pool="test", reason="died") == 2
-    assert value("sapo_lost_workers", pool="hanging", reason="hung") >= 1
+    assert value("sapo_lost_workers", pool="hanging", reason="hung") == 2
     assert value("sapo_scaling_decisions", pool="test", direction="up") >= 1
     assert value("sapo_scaling_decisions", pool="test", direction="down") == 1
     assert {s.labels["state"] for s in samples if s.name == "ray_sapo_workers"} == {"ready", "starting"}
