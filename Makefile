@@ -17,7 +17,7 @@ run: setup
 setup: $(INSTALLED)
 
 test: lint bubblewrap
-	$(BIN)/python -m pytest -rs
+	$(BIN)/python -m pytest -rs --durations=30
 
 # The sandbox's tests need it. It is installed where that asks nobody; else they are skipped, and say what mends it.
 bubblewrap:

@@ -92,7 +92,9 @@ class Engines:
             await self._executors.start()
         await self._reasoners.load(checkpoint)
         self._reasoner_parameters = parameter_count(checkpoint)
-        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            local_checkpoint(checkpoint, weights=False), trust_remote_code=False
+        )
 
     async def load_verifier(self, checkpoint: str) -> None:
         """Load a verifier, and its calibration if it has one; the first call starts the scoring workers."""
@@ -100,7 +102,9 @@ class Engines:
         self.has_verifier = True
         self._verifier_parameters = parameter_count(checkpoint)
         self.calibration = Calibration.load(checkpoint)
-        self.tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            local_checkpoint(checkpoint, weights=False), trust_remote_code=False
+        )
 
     async def reset_prefix_cache(self) -> None:
         """Forget every prompt the engines have seen."""

@@ -41,7 +41,9 @@ class NullWorker(PoolWorker):
         """Take over the tokenizer of a checkpoint. Raises SapoError where there is none."""
         if not Folder(checkpoint).has("config.json"):
             raise SapoError(f"no checkpoint to load at {checkpoint}: config.json is missing")
-        self._tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(checkpoint, weights=False))
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            local_checkpoint(checkpoint, weights=False), trust_remote_code=False
+        )
 
     async def _work(self, rng: Random, mean: float) -> None:
         """Take a log-normal time of `mean` seconds on average."""

@@ -7,6 +7,7 @@ that dies, a collective that breaks) is left to whoever started the workers.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -14,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,6 +109,14 @@ def train(job: TrainJob, device: torch.device, report: Report, stop: Stop) -> Tr
         training.engine.destroy()
         del training
         gc.collect()
+        _give_back()
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system. The C library keeps what it may need again, which is most of a training's:
+    engines and verifiers that work next on this node would have to do without it."""
+    with suppress(OSError, AttributeError):  # a C library other than GNU's has no such call
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Training:
@@ -121,7 +130,9 @@ class Training:
         self.adapts = job.config.lora is not None  # and all weights but the adapters and a new head are frozen
         self.objective: Objective = _together(lambda: make_objective(job.objective, job.params))
         self.init: str = _together(lambda: local_checkpoint(job.init))
-        self.tokenizer: PreTrainedTokenizerBase = _together(lambda: AutoTokenizer.from_pretrained(self.init))
+        self.tokenizer: PreTrainedTokenizerBase = _together(
+            lambda: AutoTokenizer.from_pretrained(self.init, trust_remote_code=False)
+        )
         self.data = _together(lambda: read_examples(job, self.objective, self.tokenizer))
         self.shapes = [example.shape for example in self.data.examples]
         model = _together(lambda: load_model(job, self.init, self.objective.head))
@@ -370,7 +381,7 @@ def load_model(job: TrainJob, init: str, head: Head, *, quantized: bool = True) 
     """The checkpoint in the directory `init` in fp32, without dropout, and with LoRA's adapters; a verifier's head and
     adapters are drawn from the seed. `quantized`: frozen weights are packed where the config says so."""
     torch.manual_seed(job.seed)
-    config = AutoConfig.from_pretrained(init)
+    config = AutoConfig.from_pretrained(init, trust_remote_code=False)
     if head == "token_classification":
         config.num_labels = 1
         config.classifier_dropout = 0.0
@@ -385,6 +396,7 @@ def load_model(job: TrainJob, init: str, head: Head, *, quantized: bool = True) 
         dtype=torch.float32,
         attn_implementation=attention(config, job.attention),
         quantization_config=packing,
+        trust_remote_code=False,
     )
     model.train()  # checkpoints come in evaluation mode, in which transformers leaves gradient checkpointing out
     if job.config.gradient_checkpointing:

@@ -58,7 +58,7 @@ def evaluate(
     from actors.client import CoordinatorClient
 
     if reasoner:
-        tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(reasoner, weights=False))
+        tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(reasoner, weights=False), trust_remote_code=False)
         check_engine_length(settings, make_task(settings.task), tokenizer)
     labelled = read_records(labels, _labelled, "labelled trajectory") if labels else None
     arguments = ("evaluate_labels", labelled) if labelled else ("evaluate", "evaluate")

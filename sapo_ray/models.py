@@ -222,7 +222,13 @@ def reasoner_tokenizer(checkpoint: str, alphabet: str | None) -> PreTrainedToken
     from transformers import AutoTokenizer
 
     folder = Path(local_checkpoint(checkpoint, weights=False))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:  # of a family that transformers does not know, or knows by code beside the weights
+        raise SapoError(
+            f"{checkpoint} cannot be loaded ({told(error)}); code that comes with a checkpoint is never run: name "
+            "another model"
+        ) from error
     check_end(tokenizer, folder, checkpoint)
     steps = _STEPS if alphabet is None else [alphabet, alphabet]
     encoded = tokenizer(steps, add_special_tokens=False)["input_ids"]

@@ -113,7 +113,7 @@ class MathShepherdFormat:
 
     def load(self, checkpoint: str, dtype: torch.dtype) -> PreTrainedModel:
         """Of the head, only the rows of the two signs are kept: no other logits are computed."""
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
         head: Any = model.get_output_embeddings()
         signs = nn.Linear(head.in_features, 2, bias=head.bias is not None, dtype=dtype)
         signs.load_state_dict({name: row[[self._wrong, self._right]] for name, row in head.state_dict().items()})

@@ -20,7 +20,7 @@ def load_verifier(
 
     Raises SapoError for a checkpoint of another kind, whose head would be missing or ambiguous.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     kind = (config.architectures or ["no architecture"])[0]
     if not kind.endswith("ForTokenClassification") or config.num_labels != 1:
         raise SapoError(
@@ -28,7 +28,7 @@ def load_verifier(
             "…ForTokenClassification with num_labels = 1"
         )
     model: PreTrainedModel = AutoModelForTokenClassification.from_pretrained(
-        checkpoint, dtype=dtype, attn_implementation=attention(config, asked)
+        checkpoint, dtype=dtype, attn_implementation=attention(config, asked), trust_remote_code=False
     )
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()  # type: ignore[no-any-return]

@@ -122,6 +122,9 @@ def response_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     wanted = batch.labels[:, batch.first :]
     mask = wanted != IGNORE
-    logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=wanted.shape[1] + 1).logits[:, :-1]
+    # Columns by number, not by how many: for that, models take a slice, and torch's product of a slice and a head that
+    # is frozen, as adapters leave it, copies the head once a row.
+    before = torch.arange(batch.first - 1, batch.ids.shape[1] - 1, device=batch.ids.device)
+    logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=before).logits
     nll = F.cross_entropy(logits[mask].float(), wanted[mask], reduction="none")
     return nll, mask.nonzero()[:, 0]

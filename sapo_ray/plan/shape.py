@@ -62,11 +62,11 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Shap
     if config.path is None:
         architecture = random_architecture(config, tokenizer)
     else:
-        architecture = AutoConfig.from_pretrained(local_checkpoint(config.path, weights=False))
+        architecture = AutoConfig.from_pretrained(local_checkpoint(config.path, weights=False), trust_remote_code=False)
     architecture.num_labels = 1
     with torch.device("meta"):
-        reasoner = AutoModelForCausalLM.from_config(architecture)
-        verifier = AutoModelForTokenClassification.from_config(architecture)
+        reasoner = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+        verifier = AutoModelForTokenClassification.from_config(architecture, trust_remote_code=False)
     hidden, heads = architecture.hidden_size, architecture.num_attention_heads
     linears = Counter[str]()
     for name, module in reasoner.base_model.named_modules():

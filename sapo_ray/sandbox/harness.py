@@ -14,6 +14,7 @@ of that.
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import errno
 import json
@@ -70,8 +71,9 @@ _KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[list[Any]], Any]]]
 """By name: a type, what a value of it is sent as, and how it is made of that."""
 
 
-class SolutionError(Exception):
-    """The solution raised something, `verdict` is what comes of it."""
+class SolutionError(BaseException):
+    """The solution's process has ended, or is no longer to be believed; `verdict` is what comes of it. No test that
+    expects an exception catches it."""
 
     def __init__(self, verdict: str, reason: str) -> None:
         super().__init__(reason)
@@ -206,21 +208,21 @@ class Solution:
         self._remotes: dict[int, Remote] = {}
 
     def ask(self, operation: str, *arguments: Any) -> Any:
-        """What the child answers. Raises SolutionError with what it raised, or with how it ended."""
+        """What the child answers. Raises what it raised, and SolutionError with how it ended."""
         request = [operation, encode(arguments, _ref)]
         try:
             self._channel.send(request)
             answer = self._channel.receive()
             if answer[0] == "value":
                 return decode(answer[1], lambda value: self._remote(*value))
-            _, name, text, number = answer
-            raise SolutionError(_verdict(name, number), f"{name}: {text}")
+            error = _raised(*answer[1:])
         except TimeoutError:
             raise SolutionError("timeout", "no answer within wall_seconds") from None
         except (EOFError, ConnectionError):
             raise SolutionError(*self._end()) from None
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise SolutionError("violation", f"what the solution's process sent is no answer: {error}") from None
+        raise error
 
     def _remote(self, ref: int, methods: list[str]) -> Remote:
         """One for each value, so that `is` tells values apart."""
@@ -245,6 +247,27 @@ def _ref(value: Any) -> int:
     return int(value._ref)
 
 
+def _raised(name: str, builtin: str, text: str, number: int | None) -> BaseException:
+    """What the solution raised, of the builtin type that its own type is or derives from, for tests that expect it.
+
+    `of_solution` is its verdict and reason, for those that do not.
+    """
+    reason = f"{name:.100}: {text:.{_REASON_CHARACTERS}}"
+    kind = getattr(builtins, builtin)
+    if not issubclass(kind, Exception):
+        return SolutionError("error", reason)
+    error: Exception = _made(kind, text)
+    error.of_solution = (_verdict(builtin, number), reason)  # type: ignore[attr-defined]
+    return error
+
+
+def _made(kind: type[Exception], text: str) -> Exception:
+    try:
+        return kind(text)
+    except TypeError:  # one that takes more than a text, such as UnicodeDecodeError
+        return _made(kind.__base__, text)  # type: ignore[arg-type]
+
+
 def _verdict(error: str, number: int | None) -> str:
     """What comes of an exception of the solution: its type's name and, of an OSError, its errno."""
     if error == "MemoryError" or number == errno.ENOMEM:
@@ -254,28 +277,39 @@ def _verdict(error: str, number: int | None) -> str:
 
 def judge(program: dict[str, Any], solution: Solution) -> tuple[str, str]:
     """Runs all of a program's tests: the verdict and, on all but `pass`, the reason."""
+    test = ""
     try:
         names = solution.ask("load", program["solution"], program["names"])
+        if not isinstance(names, dict) or names.keys() != set(program["names"]):
+            return "violation", "the solution's process hands over other names than it was asked for"
         namespace = {"__name__": "tests", **names}
         for test in (program["setup"], *program["tests"]):
-            exec(compile(test, "test", "exec"), namespace)
+            exec(compile(test, "test", "exec", dont_inherit=True), namespace)
             namespace |= names  # which a prompt in the setup defines, too
-    except SolutionError as error:
-        return error.verdict, str(error)
-    except AssertionError as error:
-        return "fail", _told(test, error)
-    except MemoryError:
-        return "memory", "the tests need more than memory_mib with what the solution returned"
     except BaseException as error:
-        return "error", _told(f"a test raised {type(error).__name__}", error)
+        return _outcome(error, test)
     return "pass", ""
+
+
+def _outcome(error: BaseException, test: str) -> tuple[str, str]:
+    """The verdict and the reason where `test` raised `error`."""
+    if isinstance(error, SolutionError):
+        return error.verdict, str(error)
+    if hasattr(error, "of_solution"):
+        verdict, reason = error.of_solution
+        return verdict, reason
+    if isinstance(error, AssertionError):
+        return "fail", _told(test, error)
+    if isinstance(error, MemoryError):
+        return "memory", "the tests need more than memory_mib with what the solution returned"
+    return "error", _told(f"a test raised {type(error).__name__}", error)
 
 
 def _told(what: str, error: BaseException) -> str:
     """`what`, and the error's text where it has one: a value of the solution in it need not tell its own."""
     try:
-        text = str(error)
-    except Exception:
+        text = str(error)[:_REASON_CHARACTERS]
+    except BaseException:
         text = ""
     return f"{what}: {text}" if text else what
 
@@ -313,14 +347,16 @@ def serve(channel: Channel) -> NoReturn:
         try:
             answer = ["value", encode(operations[operation](*decode(arguments, kept.__getitem__)), refer)]
         except BaseException as error:
-            answer = ["raised", type(error).__name__, str(error), getattr(error, "errno", None)]
+            builtin = next(base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
+            text = str(error)[:_REASON_CHARACTERS]
+            answer = ["raised", type(error).__name__, builtin, text, getattr(error, "errno", None)]
         channel.send(answer)
 
 
 def load(source: str, names: list[str]) -> dict[str, Any]:
     """Runs the solution as a module of its own; what it calls `names`."""
     module = sys.modules["solution"] = types.ModuleType("solution")
-    exec(compile(source, "solution", "exec"), module.__dict__)
+    exec(compile(source, "solution", "exec", dont_inherit=True), module.__dict__)
     return {name: getattr(module, name) for name in names}
 
 
@@ -402,7 +438,7 @@ def main() -> None:
     started = time.monotonic()
     solution = Solution(child, Channel(ours, started + limits["wall_seconds"]), limits["cpu_seconds"])
     verdict, reason = judge(program, solution)
-    reason = " ".join(reason.split())[:_REASON_CHARACTERS]
+    reason = " ".join(reason[: 2 * _REASON_CHARACTERS].split())[:_REASON_CHARACTERS]
     os.write(verdicts, json.dumps([verdict, reason, time.monotonic() - started]).encode())
     os._exit(0)
 

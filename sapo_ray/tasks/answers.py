@@ -156,6 +156,7 @@ class _Judge:
 
     def __init__(self) -> None:
         self._lock = Lock()
+        self._asked = 0
         self._process: subprocess.Popen[str] | None = None
 
     def agrees(self, answer: str, gold: str) -> bool:
@@ -163,27 +164,29 @@ class _Judge:
 
         Raises SapoError where it cannot be started.
         """
-        question = json.dumps([gold, answer])
         with self._lock:
-            verdict = self._ask(question) or self._ask(question)  # of a new process, if the first one was killed
+            verdict = self._ask(answer, gold) or self._ask(answer, gold)  # of a new process, if the first was killed
         if not verdict:
-            raise SapoError(f"math-verify died twice over the answers {question}")
-        return verdict == "1\n"
+            raise SapoError(f"math-verify died twice over the answers {answer!r} and {gold!r}")
+        return verdict == "1"
 
-    def _ask(self, question: str) -> str:
-        """The verdict; empty where there is no process any more, of whom the next is asked then."""
+    def _ask(self, answer: str, gold: str) -> str:
+        """The verdict; empty where there is no process any more: the next question starts another."""
         process = self._process = self._process or self._start()
         assert process.stdin
         assert process.stdout
+        self._asked += 1
         with suppress(BrokenPipeError):
-            process.stdin.write(question + "\n")
+            process.stdin.write(json.dumps([self._asked, gold, answer]) + "\n")
             process.stdin.flush()
-        verdict = process.stdout.readline()
-        if not verdict:
-            process.kill()
-            process.wait()
-            self._process = None
-        return verdict
+        for line in process.stdout:
+            number, verdict = line.split()
+            if int(number) == self._asked:  # not of a question whose asker was interrupted
+                return verdict
+        process.kill()
+        process.wait()
+        self._process = None
+        return ""
 
     def _start(self) -> subprocess.Popen[str]:
         """-P: what lies beside the script is not what it imports."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +16,11 @@ from sapo_ray.steps import StepUnit
 from sapo_ray.tasks.dataset import DataConfig, DataTask, Record, field_of
 from sapo_ray.tasks.sources import SourceConfig
 
-_BLOCK = re.compile(r"(?ms)^[^\S\n]*```[\w+-]*[^\S\n]*\n(.*?)(?:^[^\S\n]*```|\Z)")
+_BLOCK = re.compile(
+    r"(?ms)^(?P<indent>[^\S\n]*)```(?P<tag>[\w+-]*)[^\S\n]*\n(?P<text>.*?)(?P<end>^[^\S\n]*```[^\S\n]*$|\Z)"
+)
+_TAGS = (r"(py(thon)?3?)?", r".*")
+"""Blocks that could be the program, by their tags: one of the first kind, else one of the second."""
 
 
 @dataclass(kw_only=True)
@@ -68,10 +74,18 @@ class Code(DataTask):
         return solution
 
     def answer(self, steps: Sequence[str]) -> str | None:
-        """The program: the first Markdown code block, or all of the text where there is none."""
+        """The program: a Markdown code block, the first of Python before others, or the whole text if it has none.
+
+        Where a fence has no other, what lies before it is the program if it is one, else what lies behind it.
+        """
         text = "".join(steps)
-        block = _BLOCK.search(text)
-        program = block[1] if block else text
+        blocks = list(_BLOCK.finditer(text))
+        program = text
+        if blocks and blocks[-1]["end"] == blocks[-1]["tag"] == "" and _is_python(text[: blocks[0].start()]):
+            program = text[: blocks[0].start()]
+        elif blocks:
+            block = next(b for tag in _TAGS for b in blocks if re.fullmatch(tag, b["tag"], re.IGNORECASE))
+            program = re.sub(rf"(?m)^{block['indent']}", "", block["text"])
         return program if program.strip() else None
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
@@ -81,13 +95,24 @@ class Code(DataTask):
         raise ValueError("whether a program is right is not known before it has run")
 
     def program(self, answer: str | None, gold: str) -> Program | None:
-        """The answer with its tests; what a question begins is put before an answer that goes on with it."""
+        """The answer with its tests. What a question begins is put before an answer that goes on with it; before one
+        that has the function anew, what the question imports and defines above it."""
         if answer is None:
             return None
         tests: dict[str, Any] = json.loads(gold)
         before = tests.pop("before")
-        goes_on = before and not any(re.search(rf"(?m)^(async )?def {name}\b", answer) for name in tests["names"])
-        return Program(**tests | {"solution": before + answer if goes_on else answer})
+        functions = re.compile(rf"(?m)^(async )?def ({'|'.join(tests['names'])})\b")
+        if functions.search(answer) and (function := functions.search(before)):
+            before = before[: function.start()]
+        return Program(**tests | {"solution": before + answer})
+
+
+def _is_python(text: str) -> bool:
+    """Whether it is some, or the rest of a function's body."""
+    for program in (text, f"if True:\n{text}"):
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            return any(not isinstance(node, ast.Expr) for node in ast.parse(program).body)  # a word is an expression
+    return False
 
 
 def _tests(source: SourceConfig, record: Record) -> list[str]:

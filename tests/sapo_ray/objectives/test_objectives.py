@@ -102,6 +102,17 @@ def test_sft_is_the_masked_causal_lm_loss(reasoner: PreTrainedModel, tokenizer: 
     assert loss.item() == pytest.approx(masked_lm_loss(reasoner, tokenizer, SOLVED).item(), abs=1e-5)
 
 
+def test_the_head_gets_what_torch_multiplies_without_copies_of_its_weights(
+    reasoner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    batch, given = collate(examples(SFT(), tokenizer, [trajectory(i) for i in range(8)]), 0), list[torch.Tensor]()
+    hook = reasoner.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    SFT().terms(reasoner, batch)
+    hook.remove()
+    assert [x.shape[:2] for x in given] == [(8, batch.ids.shape[1] - batch.first)]
+    assert all(x.is_contiguous() for x in given)
+
+
 def test_sft_learns_no_end_from_a_solution_that_was_cut_off(tokenizer: PreTrainedTokenizerBase) -> None:
     whole, cut = examples(SFT(), tokenizer, [trajectory(0), {**trajectory(0), "truncated": True}])
     assert whole.rows[0].ids == [*cut.rows[0].ids, tokenizer.eos_token_id]

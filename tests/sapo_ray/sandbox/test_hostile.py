@@ -91,6 +91,22 @@ HELD = {
         "violation",
     ),
     "closed descriptors": ("import os\ndef f(x): os.closerange(0, 256)", "error violation"),
+    "a huge reason": ("def f(x): raise ValueError('xy ' * 5_000_000)", "error"),
+    "a huge reason of its own making": (
+        "import __main__\n"
+        "def f(x):\n    class Long(Exception):\n        def __str__(self): return 'xy ' * 5_000_000\n    raise Long",
+        "error",
+    ),
+    "a huge text in the tests' own reason": (
+        "class Long:\n    def __repr__(self): return 'xy ' * 5_000_000\n    __str__ = __repr__\n"
+        "def f(x): return Long()",
+        "fail",
+    ),
+    "an exception of a type that is none": (
+        'import os\ndef f(x):\n    text = b\'["raised", "A", "print", "", null]\'\n    for d in range(3, 64):\n'
+        "        try: os.write(d, len(text).to_bytes(8, 'big') + text)\n        except OSError: pass",
+        "violation",
+    ),
     "patched assert": (
         "import builtins\nclass Never(Exception): pass\nbuiltins.AssertionError = Never\n"
         "AssertionError.__init__ = lambda self: 1\ndef f(x): return 1",
@@ -324,6 +340,24 @@ def check(box: Sandbox, program: Program, allowed: str) -> str:
 def test_held_by_both_kinds(box: Sandbox, places: dict[str, str], name: str) -> None:
     source, allowed = HELD[name]
     check(box, hostile(source, places), allowed)
+
+
+@pytest.mark.parametrize(
+    ("setup", "test"),
+    [
+        ("def check(g): assert g(1) == 7", "check(f)"),
+        ("", "assert abs(f(1) - 7) < 1"),
+        ("import math", "assert math.isclose(f(1), 7)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["check", "abs", "math", "__builtins__"])
+def test_a_solution_cannot_stand_in_for_what_its_tests_call(box: Sandbox, setup: str, test: str, name: str) -> None:
+    source = (
+        f"import sys\nsys._getframe(1).f_locals['names'].append({name!r})\n"
+        "class Yes:\n    def __call__(self, *a): return 0\n    isclose = lambda *a: 1\n"
+        f"{name} = Yes()\ndef f(x): return 1"
+    )
+    assert box.run(Program(source, ("f",), (test,), setup)).verdict == "violation"
 
 
 @pytest.mark.parametrize("name", CONTAINED)

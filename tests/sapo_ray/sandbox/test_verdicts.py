@@ -44,6 +44,31 @@ def test_all_tests_must_hold(box: Sandbox) -> None:
     assert judged(box, "def f(x): return 2", "assert f(1) == 1", "assert f(2) == 2") == ("fail", "assert f(1) == 1")
 
 
+def test_tests_may_expect_an_exception_but_not_an_end(box: Sandbox) -> None:
+    source = (
+        "import os\nclass Odd(KeyError): pass\n"
+        "def f(x):\n    if x == 1: raise Odd('one')\n    if x == 2: b'\\xff'.decode()\n    if x == 3: os._exit(0)\n"
+        "    if x == 4: raise SystemExit\n    return x"
+    )
+
+    def verdict(x: int, expected: str) -> str:
+        return judged(box, source, f"try:\n    f({x})\n    assert False\nexcept {expected}:\n    pass")[0]
+
+    assert [verdict(1, kind) for kind in ("LookupError", "KeyError", "Exception")] == ["pass"] * 3
+    assert [verdict(2, kind) for kind in ("UnicodeError", "ValueError")] == ["pass"] * 2
+    assert [verdict(1, "OSError"), verdict(3, "Exception"), verdict(4, "Exception")] == ["error"] * 3
+    assert verdict(0, "ValueError") == "fail"
+    assert judged(box, source, "f(1)") == ("error", "Odd: 'one'")
+
+
+def test_annotations_are_evaluated(box: Sandbox) -> None:
+    assert judged(box, "def f(x: Nope): return x", "assert f(1) == 1") == (
+        "error",
+        "NameError: name 'Nope' is not defined",
+    )
+    assert judged(box, "def f(x): return x", "def g(x: Nope): pass")[1].startswith("a test raised NameError")
+
+
 def test_a_missing_function_is_named(box: Sandbox) -> None:
     assert judged(box, "def g(x): return x", "assert f(1) == 1") == (
         "error",
