@@ -215,14 +215,14 @@ class Solution:
             answer = self._channel.receive()
             if answer[0] == "value":
                 return decode(answer[1], lambda value: self._remote(*value))
-            error = _raised(*answer[1:])
+            raised = _raised(*answer[1:])
         except TimeoutError:
             raise SolutionError("timeout", "no answer within wall_seconds") from None
         except (EOFError, ConnectionError):
             raise SolutionError(*self._end()) from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise SolutionError("violation", f"what the solution's process sent is no answer: {error}") from None
-        raise error
+        raise raised
 
     def _remote(self, ref: int, methods: list[str]) -> Remote:
         """One for each value, so that `is` tells values apart."""

@@ -34,8 +34,10 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _NO_UNIT = re.compile(
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen|percent|pi|half|halves|and|or|to|over|mod|sqrt)s?\b",
-    re.IGNORECASE,
+    r"""\b(?:hundred|thousand|million|billion|trillion|dozen|grand|percent|pi|half|halve|sqrt|squared|cubed
+        |third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth
+        |and|or|to|over|mod|plus|minus|times|divided|multiplied|point|remainder|is|are|was|equals?|not)s?\b""",
+    re.IGNORECASE | re.VERBOSE,
 )
 """Words that change a number or stand between two."""
 _WORDS = re.compile(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import string
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from transformers import (
 
 from sapo_ray.errors import SapoError
 from sapo_ray.models import Calibration, ModelConfig, attention, base_tokenizer, parameter_count, save_random_reasoner
+from sapo_ray.plan.shape import model_shape
 from sapo_ray.tasks.chain import VOCABULARY
 
 CONFIG = ModelConfig(hidden_size=64, layers=2, heads=2, intermediate_size=24, max_length=64)
@@ -148,3 +151,28 @@ def saved_and_loaded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     LlamaConfig().save_pretrained(folder)
     base_tokenizer(ModelConfig(path=str(folder)), None)
+
+
+def test_code_beside_a_checkpoint_is_never_run_nor_asked_about(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a family that transformers knows, its own code is used; of another, the checkpoint is refused."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import Qwen2Config as C, Qwen2Tokenizer as T\n"
+    for kind in ("qwen2", "made-up"):
+        path = tmp_path / kind
+        shutil.copytree(checkpoint, path)
+        (path / "code.py").write_text(code)
+        for name, key, value in (
+            ("config", "AutoConfig", "code.C"),
+            ("tokenizer_config", "AutoTokenizer", ["code.T", None]),
+        ):
+            stored = json.loads((path / f"{name}.json").read_text())
+            stored |= {"auto_map": {key: value}} | ({"model_type": kind} if name == "config" else {})
+            (path / f"{name}.json").write_text(json.dumps(stored))
+    known, unknown = (ModelConfig(path=str(tmp_path / kind)) for kind in ("qwen2", "made-up"))
+    tokenizer = base_tokenizer(known, VOCABULARY)
+    assert model_shape(known, tokenizer).architecture == "Qwen2ForCausalLM"
+    with pytest.raises(SapoError, match=r"made-up cannot be loaded .*; code that comes with a checkpoint is never run"):
+        base_tokenizer(unknown, VOCABULARY)
+    assert not (tmp_path / "ran").exists()

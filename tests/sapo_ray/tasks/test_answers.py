@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +137,15 @@ def test_near_misses_are_wrong(data: Path) -> None:
     assert sorted(pair for pair in pairs | hard if same_answer(*pair)) == []
 
 
+@pytest.mark.parametrize(
+    "answer", ["{} thirds", "{} squared", "{} plus x", "{} minus two", "{} point five", "{} remainder two", "{} grand",
+               "{} divided by two", "{} is wrong", "{} dozen", "{} or so", "not {}"]
+)  # fmt: skip
+def test_words_that_change_a_number_are_no_unit(answer: str) -> None:
+    assert same_answer("5 apples per child", "5")
+    assert not same_answer(answer.format(5), "5")
+
+
 @given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "{:,}", "${}", "{}.0", "{} apples", "{}.", r"\text{{{}}}"]))
 def test_a_number_is_right_as_people_write_it_and_the_next_one_is_not(number: int, written: str) -> None:
     assert same_answer(written.format(number), str(number))
@@ -163,3 +173,16 @@ def test_answers_are_judged_in_any_thread_and_after_the_judge_was_killed() -> No
     thread.start()
     thread.join()
     assert verdicts == [True]
+
+
+def test_a_judge_that_dies_between_two_questions_leaves_their_verdicts_in_order() -> None:
+    judge = answers._Judge()
+    assert judge.agrees("y+1", "1+y")
+    process = judge._process
+    assert process
+    (idle,) = psutil.Process(process.pid).children()
+    idle.kill()
+    assert [judge.agrees(f"{n}+y", f"y+{n + n % 2}") for n in range(2, 8)] == [True, False] * 3
+    assert judge._process is process
+    process.kill()
+    process.wait()
