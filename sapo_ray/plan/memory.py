@@ -158,7 +158,8 @@ def misfits(config: RunConfig, shape: Shape, gpu: float, name: str) -> Iterator[
     Workers that have no GPU are not looked at.
     """
     needed = {memory.section: memory for memory in memories(config, shape)}
-    states = {section: needed[section].states for section in trainings(config) if config.trainer.gpus_per_worker}
+    shared = _on_one_gpu(config.trainer.workers, config.trainer.gpus_per_worker)
+    states = {section: shared * needed[section].states for section in trainings(config) if shared}
     if large := [section for section in states if states[section] > gpu]:
         stages = ", ".join(f"{section}.zero_stage = {getattr(config, section).zero_stage}" for section in large)
         yield (
@@ -168,11 +169,17 @@ def misfits(config: RunConfig, shape: Shape, gpu: float, name: str) -> Iterator[
         )
     if config.engine.gpus_per_worker and "engine" in needed:
         yield from _engine_misfits(config.engine, shape, needed["engine"].weights, gpu, name)
-    if config.verifier.gpus_per_worker and "verifier" in needed and needed["verifier"].weights > gpu:
+    shared = _on_one_gpu(config.verifier.workers, config.verifier.gpus_per_worker)
+    if "verifier" in needed and (weights := shared * needed["verifier"].weights) > gpu:
         yield (
-            f"verifier.dtype = {config.verifier.dtype} makes {_gib(needed['verifier'].weights)} of weights, which are "
-            f"on one GPU, but {name} has {_gib(gpu)}"
+            f"verifier.dtype = {config.verifier.dtype} makes {_gib(weights)} of weights, which are on one GPU, but "
+            f"{name} has {_gib(gpu)}"
         )
+
+
+def _on_one_gpu(workers: int, share: float) -> int:
+    """How many of a kind of worker Ray may put on the same GPU; 0 where they take none."""
+    return 0 if not share else max(1, min(workers, int(1 / share)))
 
 
 def _engine_misfits(config: EngineConfig, shape: Shape, weights: float, gpu: float, name: str) -> Iterator[str]:

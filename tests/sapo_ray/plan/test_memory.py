@@ -214,6 +214,17 @@ def test_a_training_that_cannot_fit_is_refused_by_key_and_figure() -> None:
     assert refused(replace(ON_GPUS, trainer=TrainerConfig()), 18) == []  # on CPUs
 
 
+def test_what_shares_a_gpu_is_added_up() -> None:
+    """Stage 1 in fp32 of two workers: 4 + 4 + 6 bytes a weight each. A verifier weighs 1.68 GiB."""
+    halves = replace(ON_GPUS, trainer=TrainerConfig(workers=2, gpus_per_worker=0.5))
+    assert refused(halves, 27) == []
+    assert "leave each GPU up to 26.1 GiB of weights" in refused(halves, 26)[0]
+    thirds = replace(ON_GPUS.verifier, workers=8, gpus_per_worker=0.3)
+    config = replace(ON_GPUS, engine=EngineConfig(), trainer=TrainerConfig(), verifier=thirds)
+    assert refused(config, 5.1) == []
+    assert "makes 5.03 GiB of weights, which are on one GPU" in refused(config, 5)[0]
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
