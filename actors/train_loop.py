@@ -109,10 +109,10 @@ def train(job: TrainJob, device: torch.device, report: Report, stop: Stop) -> Tr
         training.engine.destroy()
         del training
         gc.collect()
-        _give_back()
+        give_back()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Hand freed memory back to the system. The C library keeps what it may need again, which is most of a training's:
     engines and verifiers that work next on this node would have to do without it."""
     with suppress(OSError, AttributeError):  # a C library other than GNU's has no such call

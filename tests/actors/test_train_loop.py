@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import peft
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -528,3 +529,15 @@ def test_a_loss_that_is_no_number_names_the_update_and_its_batch(home: Path, tmp
     with pytest.raises(JobError, match=r"out: the (loss|gradient norm) of update \d+ is (nan|inf); its batch: worked-"):
         run(job(home, tmp_path / "out", learning_rate=1e30, max_grad_norm=0.0, warmup_ratio=0.0))
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_was_freed_is_given_back() -> None:
+    from actors.train_loop import give_back
+
+    process, blocks = psutil.Process(), [bytes(1000) for _ in range(300_000)]
+    some = blocks[::1000]  # so that what is freed lies below what is not
+    del blocks
+    held = process.memory_info().rss
+    give_back()
+    assert process.memory_info().rss < held - 100 * 2**20
+    assert some
