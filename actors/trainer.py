@@ -33,6 +33,7 @@ from sapo_ray.errors import SapoError
 from sapo_ray.files import absolute
 from sapo_ray.training import TrainerConfig, TrainJob, TrainResult, finished
 
+_OUT_OF_MEMORY = "killed due to the node running low on memory"  # ray.exceptions.OutOfMemoryError
 CLOSE_SECONDS = 120.0
 """How long workers that are at nothing may take to end."""
 
@@ -191,7 +192,7 @@ class Trainer:
         except KILLED as error:
             self._group = None
             raise TrainingError(
-                f"{job.out}: the board that its workers take it from died ({_last_line(error)}); start again to go on "
+                f"{job.out}: the board that its workers take it from died ({_line(error)}); start again to go on "
                 "from its last mid-training checkpoint"
             ) from error
         if not self._config.keep_workers:
@@ -363,16 +364,20 @@ def _absolute(job: TrainJob) -> TrainJob:
 
 
 def _raise(job: TrainJob, fit: Any) -> NoReturn:
-    """Raise why a group ended under a job: the last line of every worker's error, else of Ray Train's own."""
+    """Raise why a group ended under a job: of every worker's error, else of Ray Train's own, the line that says it."""
     try:
         ray.get(fit)
     except RayTaskError as error:
         cause = error.cause
         failures = cause.worker_failures if isinstance(cause, ray.train.WorkerGroupError) else {}
-        lines = [f"worker {rank}: {_last_line(failure)}" for rank, failure in failures.items()]
-        raise TrainingError(f"{job.out}: {'; '.join(lines) or _last_line(cause)}") from error
+        lines = [f"worker {rank}: {_line(failure)}" for rank, failure in failures.items()]
+        raise TrainingError(f"{job.out}: {'; '.join(lines) or _line(cause)}") from error
     raise TrainingError(f"{job.out}: the workers were let go while it was training")
 
 
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().rpartition("\n")[2]
+def _line(error: BaseException) -> str:
+    """The last line of a trace; of what Ray says at length when its memory monitor kills, the first."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    if killed := next((line for line in lines if _OUT_OF_MEMORY in line), None):
+        return f"{killed} A smaller micro_batch_tokens, or gradient_checkpointing, needs less"
+    return lines[-1]

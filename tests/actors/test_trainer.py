@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray.exceptions import OutOfMemoryError
 from ray.util import placement_group_table
 from transformers import AutoModelForCausalLM
 
-from actors.trainer import Trainer, TrainingError
+from actors.trainer import Trainer, TrainingError, _line
 from sapo_ray.data import PAIRS
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
@@ -241,3 +242,14 @@ def test_a_group_that_crashes_too_often_is_an_error(home: Path, trainers: dict[i
     kill_after(5, asked, tmp_path / "pids")
     with pytest.raises(TrainingError, match=r"lost: worker 0: .*died"):
         trainers[1].train(asked)
+
+
+def test_of_workers_that_are_killed_for_memory_the_reason_is_told_not_the_last_of_the_advice() -> None:
+    text = (
+        "1 worker(s) were killed due to the node running low on memory.\nMemory was 23 GB.\nRefer to the documentation"
+    )
+    assert _line(OutOfMemoryError(text)) == (
+        "1 worker(s) were killed due to the node running low on memory. A smaller micro_batch_tokens, or "
+        "gradient_checkpointing, needs less"
+    )
+    assert _line(RuntimeError("Traceback\n  File\nValueError: no\n")) == "ValueError: no"
