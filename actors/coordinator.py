@@ -257,7 +257,8 @@ class Coordinator:
         ood = self._task.questions("ood")[: config.ood or None]
         work = [(q, config.samples if i < config.sampled_questions else 0) for i, q in enumerate(test)]
         work += [(q, 0) for q in ood]
-        self._engines.begin(len(work))
+        scored = sum(samples for _, samples in work) if self._engines.has_verifier else 0
+        self._engines.begin(len(work) + scored)
         stream = self._engines.stream(work, lambda item: answer(self._sampler, item[0], stage, item[1]))
         answered = [result async for _, result in stream]
         of_test = {question.id for question in test}
