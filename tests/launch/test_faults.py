@@ -26,6 +26,7 @@ SHARDS = "ray.questions_per_shard=4"
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_and_coordinator_are_killed_ends_by_itself(finished: RunDirectory, tmp_path: Path) -> None:
     run = Running(tmp_path / "run")
     run.wait_for_stage("round-0/validation")
