@@ -12,8 +12,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer
-
 from actors import logs
 from actors.errors import QuarantinedError
 from actors.executor import executor_pool
@@ -28,7 +26,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
 from sapo_ray.data import LabelledTrajectory, Question, Trajectory
 from sapo_ray.encoding import encode
-from sapo_ray.models import Calibration, parameter_count
+from sapo_ray.models import Calibration, load_tokenizer, parameter_count
 from sapo_ray.requests import Completion, ExecuteRequest, GenerateRequest, ScoreRequest
 from sapo_ray.sandbox import Verdict
 from sapo_ray.tasks import Task
@@ -92,9 +90,7 @@ class Engines:
             await self._executors.start()
         await self._reasoners.load(checkpoint)
         self._reasoner_parameters = parameter_count(checkpoint)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            local_checkpoint(checkpoint, weights=False), trust_remote_code=False
-        )
+        self.tokenizer = load_tokenizer(local_checkpoint(checkpoint, weights=False))
 
     async def load_verifier(self, checkpoint: str) -> None:
         """Load a verifier, and its calibration if it has one; the first call starts the scoring workers."""
@@ -102,9 +98,7 @@ class Engines:
         self.has_verifier = True
         self._verifier_parameters = parameter_count(checkpoint)
         self.calibration = Calibration.load(checkpoint)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            local_checkpoint(checkpoint, weights=False), trust_remote_code=False
-        )
+        self.tokenizer = load_tokenizer(local_checkpoint(checkpoint, weights=False))
 
     async def reset_prefix_cache(self) -> None:
         """Forget every prompt the engines have seen."""

@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from random import Random
 
-from transformers import AutoTokenizer
-
 from actors.pool import ElasticPool
 from actors.worker import PoolWorker, actor_class
 from sapo_ray.cache import local_checkpoint
@@ -20,6 +18,7 @@ from sapo_ray.config import RunConfig
 from sapo_ray.data import Question
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
+from sapo_ray.models import load_tokenizer
 from sapo_ray.requests import Completion, GenerateRequest, ScoreRequest, thread_environment
 from sapo_ray.tasks import Chain, ChainConfig
 
@@ -41,9 +40,7 @@ class NullWorker(PoolWorker):
         """Take over the tokenizer of a checkpoint. Raises SapoError where there is none."""
         if not Folder(checkpoint).has("config.json"):
             raise SapoError(f"no checkpoint to load at {checkpoint}: config.json is missing")
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            local_checkpoint(checkpoint, weights=False), trust_remote_code=False
-        )
+        self._tokenizer = load_tokenizer(local_checkpoint(checkpoint, weights=False))
 
     async def _work(self, rng: Random, mean: float) -> None:
         """Take a log-normal time of `mean` seconds on average."""

@@ -29,7 +29,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,7 +41,7 @@ from sapo_ray.files import Folder, joined, split
 from sapo_ray.lease import HeldFolder
 from sapo_ray.lora import merge, quantization, with_adapters
 from sapo_ray.manifest import DamagedError, Files, records_of, sealed, unsealed
-from sapo_ray.models import attention
+from sapo_ray.models import attention, load_tokenizer
 from sapo_ray.objectives import make_objective
 from sapo_ray.objectives.base import Example, Head, Objective, collate
 from sapo_ray.shards import read_rows
@@ -115,8 +114,8 @@ def train(job: TrainJob, device: torch.device, report: Report, stop: Stop) -> Tr
 def give_back() -> None:
     """Hand freed memory back to the system. The C library keeps what it may need again, which is most of a training's:
     engines and verifiers that work next on this node would have to do without it."""
-    with suppress(OSError, AttributeError):  # a C library other than GNU's has no such call
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(AttributeError):  # a C library other than GNU's has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Training:
@@ -130,9 +129,7 @@ class Training:
         self.adapts = job.config.lora is not None  # and all weights but the adapters and a new head are frozen
         self.objective: Objective = _together(lambda: make_objective(job.objective, job.params))
         self.init: str = _together(lambda: local_checkpoint(job.init))
-        self.tokenizer: PreTrainedTokenizerBase = _together(
-            lambda: AutoTokenizer.from_pretrained(self.init, trust_remote_code=False)
-        )
+        self.tokenizer: PreTrainedTokenizerBase = _together(lambda: load_tokenizer(self.init))
         self.data = _together(lambda: read_examples(job, self.objective, self.tokenizer))
         self.shapes = [example.shape for example in self.data.examples]
         model = _together(lambda: load_model(job, self.init, self.objective.head))

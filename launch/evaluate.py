@@ -21,7 +21,7 @@ from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_engine_length
-from sapo_ray.models import Calibration
+from sapo_ray.models import Calibration, load_tokenizer
 from sapo_ray.store import labelled_of
 from sapo_ray.tasks import make_task
 
@@ -53,12 +53,10 @@ def evaluate(
     if not labels and not reasoner:
         raise SapoError("name a --reasoner, or a --verifier with --labels")
     settings = load_config(RunConfig, config, overrides)
-    from transformers import AutoTokenizer
-
     from actors.client import CoordinatorClient
 
     if reasoner:
-        tokenizer = AutoTokenizer.from_pretrained(local_checkpoint(reasoner, weights=False), trust_remote_code=False)
+        tokenizer = load_tokenizer(local_checkpoint(reasoner, weights=False))
         check_engine_length(settings, make_task(settings.task), tokenizer)
     labelled = read_records(labels, _labelled, "labelled trajectory") if labels else None
     arguments = ("evaluate_labels", labelled) if labelled else ("evaluate", "evaluate")

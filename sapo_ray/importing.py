@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sapo_ray.errors import SapoError, told
 from sapo_ray.files import Folder
 from sapo_ray.gguf_model import load_gguf
-from sapo_ray.models import check_end, parameter_count, save_model
+from sapo_ray.models import check_end, load_tokenizer, parameter_count, save_model
 
 if TYPE_CHECKING:
     import torch
@@ -156,13 +156,13 @@ def _check(folder: Path, source: str) -> PreTrainedTokenizerBase:
 
     Raises SapoError where it is none.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one
         raise SapoError(f"{source} has no tokenizer (none of {', '.join(_VOCABULARIES)}); name another model")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
     except Exception as error:  # of the library, over whatever the files hold
         raise SapoError(f"{source} cannot be used by transformers: {told(error)}; name another model") from error
     architecture = (config.architectures or ["no architecture"])[0]

@@ -214,18 +214,26 @@ def base_tokenizer(config: ModelConfig, alphabet: str | None) -> PreTrainedToken
     return character_tokenizer(alphabet, config.max_length)
 
 
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint in a directory of this node. Code that lies there is never run."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
 def reasoner_tokenizer(checkpoint: str, alphabet: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, for solutions that are encoded step by step and ended by a token.
 
     Raises SapoError where it changes the text of steps (of the `alphabet`, where a task has one), or has no such token,
     and for a checkpoint of a family that transformers does not know.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = Path(local_checkpoint(checkpoint, weights=False))
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
     except ValueError as error:  # of a family that transformers does not know, or would know by code beside the weights
         raise SapoError(
             f"{checkpoint} cannot be loaded ({told(error)}); code that comes with a checkpoint is never run: name "

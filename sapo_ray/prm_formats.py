@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -24,6 +23,7 @@ from transformers import (
 
 from sapo_ray.encoding import Encoded, encode
 from sapo_ray.errors import SapoError
+from sapo_ray.models import load_tokenizer
 from sapo_ray.scoring import load_verifier
 from sapo_ray.tasks.base import Task
 
@@ -49,7 +49,7 @@ def prm_format(checkpoint: str, task: Task) -> tuple[PrmFormat, int]:
     Raises SapoError for an architecture of no format, or a tokenizer without the tokens that the format needs.
     """
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    tokenizer = load_tokenizer(checkpoint)
     kind = (config.architectures or ["no architecture"])[0]
     try:
         if kind.endswith("ForTokenClassification"):

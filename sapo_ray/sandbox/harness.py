@@ -308,7 +308,7 @@ def _outcome(error: BaseException, test: str) -> tuple[str, str]:
 def _told(what: str, error: BaseException) -> str:
     """`what`, and the error's text where it has one: a value of the solution in it need not tell its own."""
     try:
-        text = str(error)[:_REASON_CHARACTERS]
+        text = str(error)
     except BaseException:
         text = ""
     return f"{what}: {text}" if text else what

@@ -97,11 +97,6 @@ HELD = {
         "def f(x):\n    class Long(Exception):\n        def __str__(self): return 'xy ' * 5_000_000\n    raise Long",
         "error",
     ),
-    "a huge text in the tests' own reason": (
-        "class Long:\n    def __repr__(self): return 'xy ' * 5_000_000\n    __str__ = __repr__\n"
-        "def f(x): return Long()",
-        "fail",
-    ),
     "an exception of a type that is none": (
         'import os\ndef f(x):\n    text = b\'["raised", "A", "print", "", null]\'\n    for d in range(3, 64):\n'
         "        try: os.write(d, len(text).to_bytes(8, 'big') + text)\n        except OSError: pass",

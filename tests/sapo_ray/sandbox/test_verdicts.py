@@ -61,6 +61,15 @@ def test_tests_may_expect_an_exception_but_not_an_end(box: Sandbox) -> None:
     assert judged(box, source, "f(1)") == ("error", "Odd: 'one'")
 
 
+def test_a_reason_is_cut_whoever_gives_it(box: Sandbox) -> None:
+    long = "class Long:\n    def __str__(self): return 'xy ' * 4_000_000\ndef f(): return Long()"
+    for test, wanted in (("assert False, f()", "fail"), ("raise LookupError(f())", "error"), ("{}[str(f())]", "error")):
+        verdict, reason = judged(box, long, test)
+        assert verdict == wanted
+        assert len(reason) <= 300
+        assert "xy xy xy" in reason
+
+
 def test_annotations_are_evaluated(box: Sandbox) -> None:
     assert judged(box, "def f(x: Nope): return x", "assert f(1) == 1") == (
         "error",
