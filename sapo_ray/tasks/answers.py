@@ -167,13 +167,16 @@ class _Judge:
         Raises SapoError where it cannot be started.
         """
         with self._lock:
-            verdict = self._ask(answer, gold) or self._ask(answer, gold)  # of a new process, if the first was killed
-        if not verdict:
-            raise SapoError(f"math-verify died twice over the answers {answer!r} and {gold!r}")
-        return verdict == "1"
+            for _ in range(2):  # what answers may have died before it was asked
+                verdict = self._ask(answer, gold)
+                if verdict is not None:
+                    return verdict
+            if self._process is None:
+                raise SapoError(f"math-verify died twice over the answers {answer!r} and {gold!r}")
+        return False
 
-    def _ask(self, answer: str, gold: str) -> str:
-        """The verdict; empty where there is no process any more: the next question starts another."""
+    def _ask(self, answer: str, gold: str) -> bool | None:
+        """The verdict. None where a fork of the process died, or the process itself, which is started anew then."""
         process = self._process = self._process or self._start()
         assert process.stdin
         assert process.stdout
@@ -182,13 +185,15 @@ class _Judge:
             process.stdin.write(json.dumps([self._asked, gold, answer]) + "\n")
             process.stdin.flush()
         for line in process.stdout:
+            if line == "died\n":
+                return None
             number, verdict = line.split()
-            if int(number) == self._asked:  # not of a question whose asker was interrupted
-                return verdict
+            if int(number) == self._asked:  # not of a question that was asked again, or whose asker was interrupted
+                return verdict == "1"
         process.kill()
         process.wait()
         self._process = None
-        return ""
+        return None
 
     def _start(self) -> subprocess.Popen[str]:
         """-P: what lies beside the script is not what it imports."""

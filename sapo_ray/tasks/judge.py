@@ -1,16 +1,15 @@
 """The process in which math-verify compares answers: it may take any time, or all memory, over `9^{9^9}`.
 
-Run as a script by `answers.py`. A line of JSON, a number above 0, gold and answer, is answered by the number and `1` or
-`0`, by a fork of it. The kernel ends the fork that works too long on one, also where Python would not notice; the next
-one takes over, everything imported. math-verify's own time limits, by signals to the main thread, cannot do that, and
-nothing at all in an actor.
+Run as a script by `answers.py`. A line of JSON, a number, gold and answer, is answered by the number and `1` or `0`, by
+a fork of it. The kernel ends the fork that works too long on one, also where Python would not notice; the next one
+takes over, everything imported, and a line says `died`. Over which question, if over any, nobody knows: it is asked
+again. math-verify's own time limits, by signals to the main thread, cannot do that, and nothing at all in an actor.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
 import resource
 import signal
@@ -33,27 +32,22 @@ def main() -> None:
     for gold, answer in _WARMING:
         agrees(gold, answer)
     print("ready", flush=True)
-    at_work_on = mmap.mmap(-1, 8)  # shared with the forks: the number of a question, 0 between questions
     while (child := os.fork()) != 0:
         if os.waitpid(child, 0)[1] == 0:
             return
-        if number := int.from_bytes(at_work_on[:]):
-            print(number, 0, flush=True)  # it ended over this question, not while it waited for one
-        at_work_on[:] = bytes(8)
-    answer_all(at_work_on)
+        print("died", flush=True)
+    answer_all()
 
 
-def answer_all(at_work_on: mmap.mmap) -> None:
+def answer_all() -> None:
     """Answer until the input ends, or a question takes too much."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin:  # one at a time: who asks waits for the verdict
         number, gold, answer = json.loads(line)
-        at_work_on[:] = number.to_bytes(8)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # which ends who has no handler for it
         verdict = agrees(gold, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(number, int(verdict), flush=True)
-        at_work_on[:] = bytes(8)
 
 
 def agrees(gold: str, answer: str) -> bool:

@@ -180,9 +180,10 @@ def test_a_judge_that_dies_between_two_questions_leaves_their_verdicts_in_order(
     assert judge.agrees("y+1", "1+y")
     process = judge._process
     assert process
-    (idle,) = psutil.Process(process.pid).children()
-    idle.kill()
-    assert [judge.agrees(f"{n}+y", f"y+{n + n % 2}") for n in range(2, 8)] == [True, False] * 3
+    for n in range(20):  # that at times die with a question in hand
+        (idle,) = psutil.Process(process.pid).children()
+        idle.kill()
+        assert [judge.agrees(f"{n}+y", f"y+{n + k % 2}") for k in range(4)] == [True, False] * 2
     assert judge._process is process
     process.kill()
     process.wait()
