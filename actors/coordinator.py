@@ -8,6 +8,7 @@ about itself.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 from collections.abc import Sequence
@@ -265,8 +266,8 @@ class Coordinator:
         agree = None if self._config.runs_programs else self._task.is_correct
         on_test = [a for a in answered if a.question.id in of_test]
         return self._notes(
-            test=reasoner_report(on_test, agree),
-            ood=reasoner_report([a for a in answered if a.question.id not in of_test], agree),
+            test=await asyncio.to_thread(reasoner_report, on_test, agree),
+            ood=await asyncio.to_thread(reasoner_report, [a for a in answered if a.question.id not in of_test], agree),
             verifier=await self._evaluate_verifier(on_test) if self._engines.has_verifier else None,
             correct=[a.greedy.correct for a in on_test],
         )

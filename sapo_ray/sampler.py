@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -132,6 +133,8 @@ class Solver:
 
     async def _is_correct(self, request_id: str, answer: str | None, gold: str) -> bool:
         program = self.task.program(answer, gold)
+        if program is None and self.task.slow_to_judge:
+            return await asyncio.to_thread(self.task.is_correct, answer, gold)
         if program is None:
             return self.task.is_correct(answer, gold)
         if self._execute is None:

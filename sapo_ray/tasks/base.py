@@ -31,12 +31,15 @@ class OracleLabels:
 class Task(Protocol):
     """One task. All methods are pure, so any process can build the task from the config and use it.
 
-    A class that derives from this one has no alphabet, no programs, no oracle and no remarks unless it says otherwise.
+    A class that derives from this one has no alphabet, no programs, no oracle and no remarks unless it says otherwise,
+    and its answers are judged in no time.
     """
 
     alphabet: str | None = None
     """Every character that a question or a solution can hold: the tokenizer of a model that starts at random. None: the
     task needs a model that there is already."""
+    slow_to_judge: bool = False
+    """Whether `is_correct` may take milliseconds. It is called in threads then, several at a time."""
 
     def questions(self, split: Split) -> Sequence[Question]:
         """The questions of a split, in a fixed order. Only `worked` ones carry solutions."""

@@ -29,6 +29,7 @@ class Math(DataTask):
     """The `math` task."""
 
     config: MathConfig
+    slow_to_judge = True  # math-verify takes 5 ms an answer, and seconds over some
 
     def variables(self) -> dict[str, object]:
         return {"convention": self.config.convention}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_a_program_is_run_and_its_verdict_says_whether_it_is_right(tmp_path: Pat
     blind = Sampler(Solver(task, TOKENIZER, Reasoner(texts.__getitem__), 0), SamplingConfig())
     with pytest.raises(RuntimeError, match=r"request s/train-1/0: nothing runs its program"):
         asyncio.run(blind.sample(question, "s", [0]))
+
+
+def test_answers_that_are_slow_to_judge_do_not_wait_for_each_other() -> None:
+    both_at_work = threading.Barrier(2)
+
+    class Slow(Chain):
+        slow_to_judge = True
+
+        def is_correct(self, answer: str | None, gold: str) -> bool:
+            both_at_work.wait(timeout=30)
+            return super().is_correct(answer, gold)
+
+    sampler = Sampler(Solver(Slow(ChainConfig()), TOKENIZER, Reasoner(TEXTS.__getitem__), 0), SamplingConfig())
+    samples = asyncio.run(sampler.sample(QUESTION, "s", [0, 1]))
+    assert [sample.correct for sample in samples] == [True, False]
 
 
 def test_requests_carry_prompt_seed_and_decoding() -> None:
