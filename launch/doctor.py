@@ -19,6 +19,7 @@ import click
 from packaging.requirements import Requirement
 
 from sapo_ray.errors import SapoError
+from sapo_ray.machine import machine_memory
 from sapo_ray.sandbox import bubblewrap
 
 ENGINES = ("torch", "transformers", "ray.train.torch", "vllm.entrypoints.llm", "deepspeed", "peft")
@@ -146,7 +147,7 @@ def machine_checks() -> Iterator[Check]:
     yield Check("C compiler", compiler or "none", "ok" if compiler else "missing", mend)
     cores = len(os.sched_getaffinity(0))
     yield _at_least("CPU cores", cores, 2, str, "give the machine or container more cores")
-    yield _at_least("memory", _memory(), 8 * GIB, _gib, "give the machine or container more memory")
+    yield _at_least("memory", machine_memory(), 8 * GIB, _gib, "give the machine or container more memory")
     yield gpu_check()
     yield _at_least(
         "free disk here", shutil.disk_usage(".").free, 10 * GIB, _gib, "free space, or set run_dir elsewhere"
@@ -192,14 +193,6 @@ def _at_least(item: str, amount: int, wanted: int, show: Callable[[int], str], m
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
-
-
-def _memory() -> int:
-    """Bytes of memory of the machine, or of the container where that has less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return machine if text == "max" else min(machine, int(text))
 
 
 def _print(checks: list[Check]) -> None:

@@ -14,10 +14,11 @@ from sapo_ray.cost import Cost
 from sapo_ray.encoding import encode_prompt
 from sapo_ray.errors import SapoError
 from sapo_ray.limits import check_run_lengths
+from sapo_ray.machine import machine_memory
 from sapo_ray.models import base_tokenizer
 from sapo_ray.plan.duration import Clock, Duration, gpus_held, start_seconds, unclocked
 from sapo_ray.plan.hardware import GPU, GPUS, MOST_GIB
-from sapo_ray.plan.memory import Memory, doubts, memories, misfits, trainings
+from sapo_ray.plan.memory import Memory, doubts, machine_doubts, memories, misfits, trainings
 from sapo_ray.plan.shape import Shape, model_shape
 from sapo_ray.plan.workload import Lengths, Stage, Workload, mean_lengths
 from sapo_ray.tasks import make_task
@@ -33,7 +34,7 @@ class Plan:
 
     questions: dict[Split, int]
     remarks: list[str]
-    """What to know of the data, and of what fits a GPU."""
+    """What to know of the data, and of what fits a GPU and this machine."""
     prompt: str
     """The first question of the pool, as the reasoner sees it."""
     lengths: Lengths
@@ -80,6 +81,7 @@ def make_plan(config: RunConfig, gpu: GPU | None, wrong: float) -> Plan:
     shape, lengths = model_shape(config.model, tokenizer), mean_lengths(task, tokenizer)
     stages = Workload(config, questions, lengths, shape, wrong).stages()
     remarks, durations, refused = list(task.remarks()), list[Duration](), list[str]()
+    remarks += machine_doubts(config, shape, machine_memory())
     if gpu is not None:
         refused = list(misfits(config, shape, gpu.memory, gpu.name))
         remarks += doubts(config, shape, gpu.memory, gpu.name, lengths.sequence)

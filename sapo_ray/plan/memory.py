@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sapo_ray.config import RunConfig
 from sapo_ray.plan.hardware import GIB
@@ -19,6 +19,12 @@ _BUCKET = 500_000_000
 """Elements of DeepSpeed's buffer for gradients on their way (`reduce_bucket_size`)."""
 _GATHERED = 1_000_000_000
 """Most weights that ZeRO 3 keeps whole at a time (`stage3_max_live_parameters`)."""
+
+
+_LIBRARIES = 0.7 * GIB
+"""Of the memory of a process with torch, what is its own before it loads a model; an engine is two such processes."""
+_BESIDE = 2.5 * GIB
+"""What Ray, coordinator, job board and driver take beside the workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +228,35 @@ def doubts(config: RunConfig, shape: Shape, gpu: float, name: str, length: float
             f"engine.gpu_memory_utilization is {engine.gpu_memory_utilization:g} and engine.gpus_per_worker "
             f"{engine.gpus_per_worker:g}: what shares the GPU may lack memory"
         )
+
+
+def machine_doubts(config: RunConfig, shape: Shape, machine: float) -> Iterator[str]:
+    """What all workers without a GPU may lack, were they on one machine with `machine` bytes of memory."""
+    pools, training = _on_cpus(config, shape)
+    at_once = max if config.placement == "colocated" else sum
+    together = _BESIDE + at_once((sum(pools.values()), sum(training.values())))
+    if (parts := pools | training) and together > machine:
+        yield (
+            f"workers without a GPU may need {_gib(together)} at a time, {_gib(_BESIDE)} of it for what is beside ("
+            f"{', '.join(f'{section}: {_gib(amount)}' for section, amount in parts.items())}), and this machine has "
+            f"{_gib(machine)}; if no other shares the work, lower micro_batch_tokens or set placement: colocated"
+        )
+
+
+def _on_cpus(config: RunConfig, shape: Shape) -> tuple[dict[str, float], dict[str, float]]:
+    """What the workers of each pool, and those of the largest training, may take of their machines' memory."""
+    needed = {memory.section: memory for memory in memories(config, shape)}
+    pools, training = {}, {}
+    if "engine" in needed and not config.engine.gpus_per_worker:
+        cache = config.engine.kv_cache_gib * GIB or needed["engine"].kv_cache
+        memory = replace(needed["engine"], kv_cache=cache).total
+        pools["engine"] = config.engine.most_workers * (memory + 2 * _LIBRARIES)
+    if "verifier" in needed and not config.verifier.gpus_per_worker:
+        pools["verifier"] = config.verifier.most_workers * (needed["verifier"].total + _LIBRARIES)
+    if not config.trainer.gpus_per_worker:
+        largest = max(trainings(config), key=lambda section: needed[section].total)
+        training[largest] = config.trainer.workers * (needed[largest].total + _LIBRARIES)
+    return pools, training
 
 
 def _gib(amount: float) -> str:

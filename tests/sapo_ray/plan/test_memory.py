@@ -20,6 +20,7 @@ from sapo_ray.plan.memory import (
     engine_memory,
     kv_bytes,
     kv_room,
+    machine_doubts,
     memories,
     misfits,
     training_memory,
@@ -266,6 +267,25 @@ def test_what_may_not_fit_is_doubted() -> None:
     found = list(doubts(shared, BILLION, 48 * GIB, "the card", 1000))
     assert found[0].startswith("engine: the key-value cache has room for 2")
     assert found[1].startswith("engine.gpu_memory_utilization is 0.9 and engine.gpus_per_worker 0.5: ")
+
+
+def test_workers_on_cpus_are_added_up_against_the_machine() -> None:
+    """Each with its libraries, an engine with those of two processes, and what is beside them."""
+    engine = replace(ENGINE, gpus_per_worker=0, workers=1, max_workers=2, kv_cache_gib=2)
+    config = replace(ON_GPUS, engine=engine, verifier=VerifierConfig(), trainer=TrainerConfig())
+    fixed = engine_memory(BILLION, engine)
+    engines = 2 * (fixed.total - fixed.kv_cache + 2 * GIB + 1.4 * GIB)
+    verifier = verifier_memory(BILLION, config.verifier).total + 0.7 * GIB
+    sft = training_memory(BILLION, "sft", config.sft, 1).total + 0.7 * GIB  # as much as ORPO, more than a verifier
+    needed = 2.5 * GIB + engines + verifier + sft
+    assert list(machine_doubts(config, BILLION, needed)) == []
+    (line,) = machine_doubts(config, BILLION, needed - GIB / 2)
+    assert line.startswith(f"workers without a GPU may need {needed / GIB:.3g} GiB at a time, ")
+    assert f"(engine: {engines / GIB:.3g} GiB, verifier: {verifier / GIB:.3g} GiB, sft: {sft / GIB:.3g} GiB)" in line
+    in_turn = replace(config, placement="colocated")
+    assert list(machine_doubts(in_turn, BILLION, needed - GIB / 2)) == []
+    assert list(machine_doubts(in_turn, BILLION, 2.5 * GIB + max(engines + verifier, sft) - GIB))
+    assert list(machine_doubts(ON_GPUS, BILLION, GIB)) == []
 
 
 def test_frozen_weights_have_neither_gradients_nor_optimizer_states() -> None:
