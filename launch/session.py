@@ -72,6 +72,8 @@ def _environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",  # as in `thread_environment`: training's workers, too, share the cores
         DRIVER: uuid4().hex,
+        # Whether and where to look for hub data; not the token, which Ray's dashboard would show
+        **{key: value for key, value in os.environ.items() if key.startswith("HF_") and "TOKEN" not in key},
     }
     job = job_environment() or {}
     if "working_dir" not in job:  # Ray has every node find a job's packages, each at a path of its own

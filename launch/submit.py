@@ -127,7 +127,10 @@ def connect(address: str) -> JobSubmissionClient:
 
 def _submit(client: JobSubmissionClient, command: str, package: Path) -> str:
     """Submit a job; its id. A cluster takes jobs some seconds after its job server first answers."""
-    environment = {"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    if "HF_HUB_OFFLINE" in os.environ:
+        variables["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
+    environment = {"working_dir": str(package), "env_vars": variables}
     patience = time.monotonic() + _AGENT_SECONDS
     while True:
         try:

@@ -52,8 +52,10 @@ class _Lengths:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self._task, self._tokenizer = task, tokenizer
 
-    def prompt(self, splits: Iterable[Split]) -> int:
-        return max((n for split in splits for n in self._prompts(self._task.questions(split))), default=0)
+    def prompt(self, splits: Iterable[Split]) -> tuple[int, str]:
+        """And whose it is: a question's id."""
+        questions = [question for split in splits for question in self._task.questions(split)]
+        return max(zip(self._prompts(questions), (question.id for question in questions), strict=True), default=(0, ""))
 
     def worked(self) -> int:
         """With its question and the end of the sequence. Steps are encoded one by one, as in training."""
@@ -68,11 +70,12 @@ class _Lengths:
         return [len(encode_prompt(self._tokenizer, self._task.prompt(q.text))) for q in questions]
 
 
-def _require(config: RunConfig, key: str, prompt: int) -> None:
+def _require(config: RunConfig, key: str, longest: tuple[int, str]) -> None:
+    prompt, question = longest
     section, _, name = key.partition(".")
     limit, needed = getattr(getattr(config, section), name), prompt + config.sampling.max_tokens + 1
     if limit < needed:
         raise SapoError(
-            f"{key} is {limit}; it must be at least {needed}: {prompt} of the longest question, sampling.max_tokens = "
-            f"{config.sampling.max_tokens} of a solution, and its end"
+            f"{key} is {limit}; it must be at least {needed}: {prompt} of the longest question, {question}, "
+            f"sampling.max_tokens = {config.sampling.max_tokens} of a solution, and its end"
         )

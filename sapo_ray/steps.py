@@ -22,7 +22,8 @@ _NO_SENTENCE_END = re.compile(
 )
 """A sentence so far whose full stop ends a title, an initial, an abbreviation or the number of a list's item."""
 _FENCE = re.compile(r"\s*```[\w+-]*\s*")
-_OPEN = ("EOF in multi-line statement", "EOF in multi-line string")
+_OPEN = "EOF in multi-line"
+"""What a `tokenize.TokenError` says of brackets and strings that are never closed, in any version of Python."""
 
 
 def split_steps(text: str, unit: StepUnit) -> tuple[str, ...]:
@@ -88,8 +89,8 @@ def _statement_end(lines: list[str], start: int) -> int:
             if number == 0 and token.type in (tokenize.COMMENT, tokenize.NL):
                 return start + 1
     except tokenize.TokenError as error:
-        if str(error.args[0]).startswith(_OPEN):
-            return len(lines)
+        if _OPEN in error.args[0] and not any(map(_FENCE.fullmatch, lines[start + 1 :])):
+            return len(lines)  # but prose before a code block, or a block that is no Python, goes a line at a time
     except SyntaxError:  # no Python: a line at a time
         pass
     return start + 1

@@ -77,7 +77,7 @@ class TrainConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the forward and backward passes and of the exported weights. bf16 keeps fp32 master weights."""
     gradient_checkpointing: bool = changeable(False)
-    """Recompute activations in the backward pass: a third more FLOPs, far less memory."""
+    """Recompute activations in the backward pass: the forward pass once more, far less memory."""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients as well, 3 weights as well. 0 adds up the
     gradients of an update's micro-batches in `dtype`, the others in fp32."""

@@ -81,8 +81,10 @@ class Clock:
         section = stage.name.rpartition("/")[2]
         if not stage.cost.trained_tokens:
             return 0.0
-        again = 4 / 3 if getattr(self._config, section).gradient_checkpointing else 1.0
-        return again * stage.cost.flops / self._flops / self._config.trainer.workers
+        seconds = stage.cost.flops / self._flops
+        if getattr(self._config, section).gradient_checkpointing:
+            seconds += self._forward(self._shape.count(section), stage.cost.trained_tokens)
+        return seconds / self._config.trainer.workers
 
     def _forward(self, parameters: int, tokens: float) -> float:
         return 2.0 * parameters * tokens / self._flops

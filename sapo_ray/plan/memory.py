@@ -204,6 +204,18 @@ def _engine_misfits(config: EngineConfig, shape: Shape, weights: float, gpu: flo
             f"engine.tensor_parallel_size = {config.tensor_parallel_size} leaves each GPU {_gib(weights)} of weights; "
             f"with {cache} that is more than the {_gib(share)} of {name} that the engine may use{part}"
         )
+    shared, taken = _on_one_gpu(config.most_workers, config.gpus_per_worker), _engine_takes(config, weights, gpu)
+    if shared > 1 and shared * taken > gpu:
+        yield (
+            f"engine.gpus_per_worker = {config.gpus_per_worker:g} puts {shared} engines on a GPU, which take "
+            f"{_gib(shared * taken)}, but {name} has {_gib(gpu)}"
+        )
+
+
+def _engine_takes(config: EngineConfig, weights: float, gpu: float) -> float:
+    """What vLLM sets aside of a GPU as it starts."""
+    fixed = config.kv_cache_gib * GIB
+    return weights + fixed if fixed else config.gpu_memory_utilization * gpu
 
 
 def doubts(config: RunConfig, shape: Shape, gpu: float, name: str, length: float) -> Iterator[str]:
@@ -223,6 +235,14 @@ def doubts(config: RunConfig, shape: Shape, gpu: float, name: str, length: float
             f"engine: the key-value cache has room for {max(0, int(at_once))} sequences of {length:.0f} tokens, the "
             f"mean; more than that, up to engine.max_num_seqs = {engine.max_num_seqs}, wait"
         )
+    both = engine.gpus_per_worker + config.verifier.gpus_per_worker
+    if "verifier" in needed and engine.gpus_per_worker < both <= 1:
+        taken = _engine_takes(engine, needed["engine"].weights, gpu) + needed["verifier"].total
+        if taken > gpu:
+            yield (
+                f"an engine and a verifier may share a GPU, and then take up to {_gib(taken)}, and {name} has "
+                f"{_gib(gpu)}; lower verifier.batch_tokens or what the engine takes"
+            )
     if not engine.kv_cache_gib and engine.gpus_per_worker < min(1.0, engine.gpu_memory_utilization):
         yield (
             f"engine.gpu_memory_utilization is {engine.gpu_memory_utilization:g} and engine.gpus_per_worker "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Mapping, Sequence
+import symtable
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,18 +66,30 @@ def mbpp_program(record: Mapping[str, Any], solution: str) -> Program:
 def asserts_program(tests: Sequence[str], solution: str) -> Program:
     """A solution of any question whose tests are statements. They see of it the names that they use and do not bind.
 
-    Raises SyntaxError for tests that are no Python, ValueError where there are none.
+    Raises SyntaxError for tests that are no Python, ValueError for such that would hold whatever a solution is.
     """
-    used, bound = set[str](), set(dir(builtins))
-    for node in ast.walk(ast.parse("\n".join(tests))):
-        match node:
-            case ast.Name(id=name, ctx=ast.Load()):
-                used.add(name)
-            case ast.Name(id=name) | ast.arg(arg=name) | ast.alias(name=name, asname=None) | ast.alias(asname=name):
-                bound.add(str(name).partition(".")[0])
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
-                bound.add(name)
-    return Program(solution, tuple(sorted(used - bound)), tuple(tests))
+    text = "\n".join(tests)
+    scopes = [top := symtable.symtable(text, "tests", "exec")]
+    for scope in scopes:
+        scopes += scope.get_children()
+    symbols = [s for scope in scopes for s in scope.get_symbols() if scope is top or s.is_global()]
+    used = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
+    bound = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    names = used - bound - set(dir(builtins))
+    if not names:
+        raise ValueError("they use no name that a program must define (a builtin is none)")
+    if not any(_asserts(node, bound) for node in ast.parse(text).body):
+        raise ValueError("nothing is asserted when they run; what they define must be called")
+    return Program(solution, tuple(sorted(names)), tuple(tests))
+
+
+def _asserts(statement: ast.stmt, bound: Set[str]) -> bool:
+    """Whether a statement of tests asserts something, or calls what could: a name that they bind themselves."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return False
+    called = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
+    roots = {node.id for function in called for node in ast.walk(function) if isinstance(node, ast.Name)}
+    return bool(roots & bound) or any(isinstance(node, (ast.Assert, ast.Raise)) for node in ast.walk(statement))
 
 
 def humaneval_program(record: Mapping[str, Any], solution: str) -> Program:

@@ -18,7 +18,7 @@ from sapo_ray.errors import SapoError
 Convention = Literal["hashes", "boxed"]
 
 MAX_LENGTH = 400
-"""Characters of an answer; a longer one is wrong without a look at it."""
+"""Characters of an answer; a longer one is wrong without a look at it, if it is not the gold answer's text."""
 
 _HASHES = re.compile(r"^[^\S\n]*####[^\S\n]*(\S.*?)[^\S\n]*$", re.MULTILINE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
@@ -30,7 +30,7 @@ _NUMBER = re.compile(
         (?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)
         (?:/(?P<below>\d+))?
         \s*(?P<percent>\\?%|percent\b)?
-        (?P<unit>\s+[A-Za-z]{2,}(?:\s[A-Za-z]+)*)?""",
+        (?P<unit>\s+[A-Za-z]{2,}(?:\s[A-Za-z]+)*(?:/[A-Za-z]+)?|/[A-Za-z]{2,}|\s?°[CF]?|[€£¢])?""",
     re.VERBOSE,
 )
 _NO_UNIT = re.compile(
@@ -85,6 +85,8 @@ def same_answer(answer: str, gold: str) -> bool:
     not count, and 50% is 50 and 0.5 alike. All else is math-verify's to say. A unit, or a number's base, counts only
     where both state one.
     """
+    if answer == gold:
+        return True
     if len(answer) > MAX_LENGTH:
         return False
     (one, unit), (other, gold_unit) = _without_unit(_cleaned(answer)), _without_unit(_cleaned(gold))
@@ -136,8 +138,9 @@ def _plain_number(text: str) -> _Number | None:
 
 
 def _cleaned(text: str) -> str:
-    """Without dollar signs around it, spacing commands and a full stop at the end; a text that is all `\\text` bare."""
-    text = _SPACING.sub("", text.strip()).removesuffix(".").strip()
+    """Without emphasis and dollar signs around it, spacing commands and a full stop at the end; a text that is all
+    `\\text` bare."""
+    text = _SPACING.sub("", text.strip().strip("*`")).removesuffix(".").strip()
     for pattern in (r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}"):
         found = re.fullmatch(pattern, text)
         text = found[1].strip() if found else text
@@ -146,6 +149,8 @@ def _cleaned(text: str) -> str:
 
 def _without_unit(text: str) -> tuple[str, str]:
     found = _UNIT.search(text)
+    if found and _NO_UNIT.search(found[1] or ""):
+        return f"{text[: found.start()]} {found[1].strip()}", ""
     return (text[: found.start()], "".join(map(_unit, found.groups(default="")))) if found else (text, "")
 
 

@@ -28,8 +28,9 @@ class CodeSource(SourceConfig):
     """One data set of such questions, and what is read of its records."""
 
     tests: Literal["column", "mbpp", "humaneval"] = "column"
-    """Where a record's tests are. `column`: in the column that `answer` names, a list of statements or a text; they may
-    use whatever the program defines. `mbpp`, `humaneval`: where these data sets have them, and `answer` is not used."""
+    """Where a record's tests are. `column`: in the column that `answer` names, a list of statements (which may be
+    written as JSON) or a text; they may use whatever the program defines. `mbpp`, `humaneval`: where these data sets
+    have them, and `answer` is not used."""
 
 
 @dataclass(kw_only=True)
@@ -116,7 +117,11 @@ def _is_python(text: str) -> bool:
 
 
 def _tests(source: SourceConfig, record: Record) -> list[str]:
+    """A list of statements, which may be written as JSON, or one text."""
     tests = record.get(source.answer)
+    if isinstance(tests, str):
+        with suppress(ValueError):
+            tests = json.loads(tests)
     if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
         return tests
     return [field_of(source, "answer", record)]

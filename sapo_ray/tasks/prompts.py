@@ -84,5 +84,7 @@ def _environment() -> Environment:
 
 
 def written(value: object) -> object:
-    """What is written for a value of a record: 51 for 51.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """What is written for a value of a record: 51 for 51.0, and 0.3 for what 0.1 + 0.2 comes to."""
+    if not isinstance(value, float):
+        return value
+    return int(value) if value.is_integer() else float(f"{value:.15g}")

@@ -136,7 +136,7 @@ def _tree(folder: Path) -> list[Path]:
         (["engine.max_model_len=65"], "engine.max_model_len is 65; it must be at most model.max_length = 64"),
         (["sampling.max_tokens=52"], "engine.max_model_len is 64; it must be at least 65: "),
         (["sft.max_tokens=20"], "sft.max_tokens is 20; it must be at least 27, the length of the longest worked "),
-        (["prm.max_tokens=30"], "prm.max_tokens is 30; it must be at least 37: 8 of the longest question, sampling."),
+        (["prm.max_tokens=30"], "prm.max_tokens is 30; it must be at least 37: 8 of the longest question, "),
         (["align.max_tokens=30"], "align.max_tokens is 30; it must be at least 37: 8 of the longest question, "),
         (["run_dir=/proc/x"], "run_dir /proc/x cannot be written: "),
         (["run_dir=FILES/text.parquet"], "run_dir FILES/text.parquet cannot be written: Not a directory"),

@@ -40,3 +40,18 @@ def test_all_processes_of_a_session_and_of_no_other_know_its_driver(monkeypatch:
         with session.ray_session(RunConfig()):
             assert os.environ[DRIVER] == drivers[-1]
     assert len(set(drivers)) == 2
+
+
+def test_all_processes_look_for_hub_data_where_the_driver_does_and_none_shows_its_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, str] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options["runtime_env"]["env_vars"]))
+    monkeypatch.setattr(ray, "shutdown", lambda **_: None)
+    monkeypatch.setattr(session, "offered_nodes", lambda: [Nodes("a node", 1, {"CPU": 64.0})])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for key, value in {"HF_HUB_OFFLINE": "1", "HF_HOME": "/shared/hub", "HF_TOKEN": "secret"}.items():
+        monkeypatch.setenv(key, value)
+    with session.ray_session(RunConfig()):
+        assert (given["HF_HUB_OFFLINE"], given["HF_HOME"]) == ("1", "/shared/hub")
+        assert "secret" not in given.values()

@@ -1,7 +1,7 @@
 """Tiny twins of the paper's grid: each of its configs, with a random two-layer model of its architecture, without GPUs.
 
 What the configs say of prompts, steps, placement, DeepSpeed and dtypes stays as it is. What is changed is what the
-machine asks for, where data come from (without an `ood` split), and sizes: one round, more epochs, higher rates. No
+machine asks for, where data come from, and sizes: one round, more epochs, higher rates. No
 model can know the answers: each is one of two, by no rule. So a model that has learned to answer at all is right now
 and then, and every stage has something to work on.
 """
@@ -62,6 +62,15 @@ def mbpp(number: int) -> dict[str, Any]:
     }
 
 
+def math500(number: int) -> dict[str, Any]:
+    return {"problem": f"{number}?", "solution": f"It is $\\boxed{{{_bit(number)}}}$.", "answer": str(_bit(number))}
+
+
+def humaneval(number: int) -> dict[str, Any]:
+    check = f"def check(candidate):\n    assert candidate() == {_bit(number)}"
+    return {"prompt": f'def f():\n    """{number}?"""\n', "entry_point": "f", "test": check}
+
+
 def _bit(number: int) -> int:
     return number * 7919 % 31 % 2
 
@@ -85,6 +94,7 @@ def test_a_twin_runs_to_its_end(
     assert stages["round-1/sample"]["labels"] > 0
     assert stages["round-1/pairs"]["pairs"] > 0
     assert stages["round-1/align"]["updates"] > 0
+    assert (last["test"]["n"], last["ood"]["n"]) == (8, 4)
     assert last["verifier"]["self_verification_error"] is not None
     assert (last["cost"]["programs"] > 0) == (task == "mbpp")
     assert AutoModelForCausalLM.from_pretrained(store.checkpoint("reasoner", 1)).config.model_type == family
@@ -96,11 +106,11 @@ def test_a_twin_runs_to_its_end(
 
 def _data(folder: Path, task: str) -> Sequence[str]:
     """Overrides that have the config's data read from files of their form."""
-    make = {"gsm8k": gsm8k, "mbpp": mbpp}[task]
-    for split, numbers in (("train", range(100, 200)), ("test", range(200, 220))):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(make(number)) + "\n" for number in numbers))
-    files = [f"task.{split}_data.path={folder}/{split}.jsonl" for split in ("train", "test")]
-    return [*files, "task.ood_data=null"]
+    make, other = {"gsm8k": (gsm8k, math500), "mbpp": (mbpp, humaneval)}[task]
+    splits = {"train": (make, range(100, 200)), "test": (make, range(200, 220)), "ood": (other, range(220, 224))}
+    for split, (record, numbers) in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in numbers))
+    return [f"task.{split}_data.path={folder}/{split}.jsonl" for split in splits]
 
 
 def _sapo(*arguments: str) -> subprocess.CompletedProcess[str]:

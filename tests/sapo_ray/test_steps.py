@@ -50,6 +50,8 @@ def check(text: str, unit: StepUnit) -> tuple[str, ...]:
         ("statement", "It's prose.\nx = 1\n", ["It's prose.\n", "x = 1\n"]),
         ("statement", "```python\nx = 1\ny = 2\n```\nDone.", ["```python\nx = 1\n", "y = 2\n```\n", "Done."]),
         ("statement", "So:\n\n```\nx = 1\n```", ["So:\n\n```\n", "x = 1\n```"]),
+        ("statement", "(so:\n```\nx = 1\ny = [\n  2]\n```\n", ["(so:\n```\n", "x = 1\n", "y = [\n  2]\n```\n"]),
+        ("statement", "```\nx = [1,\n```\nSo.", ["```\nx = [1,\n```\n", "So."]),
         ("line", "```\nx\n", ["```\n", "x\n"]),
     ],
 )  # fmt: skip

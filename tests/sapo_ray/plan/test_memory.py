@@ -226,6 +226,34 @@ def test_what_shares_a_gpu_is_added_up() -> None:
     assert "makes 5.03 GiB of weights, which are on one GPU" in refused(config, 5)[0]
 
 
+def test_engines_that_share_a_gpu_are_added_up() -> None:
+    """Each has 1.86 GiB of weights and 2 GiB of cache, or the share of the GPU that it may use."""
+    fixed = replace(ENGINE, workers=1, max_workers=3, gpus_per_worker=0.4, kv_cache_gib=2)
+    config = replace(ON_GPUS, engine=fixed, verifier=VerifierConfig(), trainer=TrainerConfig())
+    assert refused(config, 7.8) == []
+    assert refused(config, 7.7) == [
+        "engine.gpus_per_worker = 0.4 puts 2 engines on a GPU, which take 7.73 GiB, but the card has 7.7 GiB"
+    ]
+    halves = replace(ENGINE, workers=2, gpus_per_worker=0.5, kv_cache_gib=0)
+    assert refused(replace(config, engine=replace(halves, gpu_memory_utilization=0.5)), 80) == []
+    assert "take 96 GiB" in refused(replace(config, engine=replace(halves, gpu_memory_utilization=0.6)), 80)[0]
+
+
+def test_an_engine_and_a_verifier_that_share_a_gpu_are_doubted() -> None:
+    engine = replace(ENGINE, gpus_per_worker=0.6, gpu_memory_utilization=0.6)
+    verifier = replace(ON_GPUS.verifier, gpus_per_worker=0.4)
+    config = replace(ON_GPUS, engine=engine, verifier=verifier, trainer=TrainerConfig())
+    taken = 0.6 * 4 + verifier_memory(BILLION, verifier).total / GIB
+    found = [line for line in doubts(config, BILLION, 4 * GIB, "the card", 1) if "share a GPU" in line]
+    assert found == [
+        f"an engine and a verifier may share a GPU, and then take up to {taken:.3g} GiB, and the card has 4 GiB; lower "
+        "verifier.batch_tokens or what the engine takes"
+    ]
+    apart = replace(config, verifier=replace(verifier, gpus_per_worker=0.5))
+    for other, gib in ((apart, 4), (config, 8)):
+        assert not [line for line in doubts(other, BILLION, gib * GIB, "the card", 1) if "share a GPU" in line]
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [

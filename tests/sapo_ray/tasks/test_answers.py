@@ -62,6 +62,9 @@ def test_an_answer_is_read_by_the_convention_else_by_the_other(
         ("1 1/2", ["3/2", "1.5", r"1\frac{1}{2}"], ["11/2", "1", "1/2"]),
         ("1", [], ["1 1/2", "11/2", "1 million"]),
         ("0.333333", [], ["1/3"]),
+        ("5", ["**5**", "`5`", "5 km/h", "$5/day", "5 °C", "5°", "5€"], ["**6**", "5/x", "5/hundred", "6°"]),
+        ("0.5", [r"50\text{ percent}"], [r"5\text{ percent}"]),
+        ("5 cm/s", ["5", "5 cm/s"], ["5 m/s", "5 km"]),
         ("5", [r"5\text{ cm}", "5 apples", "$5$", r"\(5\)", "x=5"], ["5 million", "5 pi", "5x", "5/0", "5 or 6"]),
         (r"5\text{ cm}", ["5", r"5\mbox{ cm}", r"\frac{10}{2}\text{ cm}"], [r"5\text{ m}", r"6\text{ cm}"]),
         (r"5\text{ cm}^2", [r"5\text{ cm}^2"], [r"5\text{ cm}^3", r"5\text{ cm}"]),
@@ -144,6 +147,7 @@ def test_near_misses_are_wrong(data: Path) -> None:
 def test_words_that_change_a_number_are_no_unit(answer: str) -> None:
     assert same_answer("5 apples per child", "5")
     assert not same_answer(answer.format(5), "5")
+    assert not same_answer(re.sub(r"\{\} (.+)", r"{}\\text{ \1}", answer).replace("{}", "5"), "5")
 
 
 @given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "{:,}", "${}", "{}.0", "{} apples", "{}.", r"\text{{{}}}"]))
@@ -158,6 +162,11 @@ def test_a_number_is_right_as_people_write_it_and_the_next_one_is_not(number: in
 def test_what_has_no_end_or_no_sense_is_wrong_and_the_next_answer_is_judged(answer: str) -> None:  # fmt: skip
     assert not same_answer(answer, "x+1")
     assert same_answer("1+x", "x+1")
+
+
+def test_an_answer_too_long_to_be_judged_is_right_where_it_is_the_gold_answers_text() -> None:
+    assert same_answer("x+" * 300 + "1", "x+" * 300 + "1")
+    assert not same_answer("x+" * 300 + "1", "1+" + "x+" * 299 + "x")
 
 
 def test_answers_are_judged_in_any_thread_and_after_the_judge_was_killed() -> None:

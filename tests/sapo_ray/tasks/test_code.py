@@ -67,7 +67,7 @@ def test_no_answer_is_wrong_and_no_program_is_judged_unrun(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("needs_bubblewrap")
-@pytest.mark.parametrize("tests", [DOUBLE["tests"], "\n".join(DOUBLE["tests"])])
+@pytest.mark.parametrize("tests", [DOUBLE["tests"], "\n".join(DOUBLE["tests"]), json.dumps(DOUBLE["tests"])])
 def test_tests_in_a_column_of_ones_own(tmp_path: Path, tests: Any) -> None:
     task = one(tmp_path, DOUBLE | {"tests": tests})
     with Sandbox(SandboxConfig()) as box:
@@ -82,6 +82,40 @@ def test_tests_see_the_names_that_they_use_and_do_not_bind() -> None:
         "try:\n    check(solve)\nexcept ValueError as e:\n    print(e)",
     ]
     assert asserts_program(tests, "…") == Program("…", ("g", "solve"), tuple(tests))
+
+
+@pytest.mark.parametrize(
+    ("tests", "names"),
+    [
+        ("def check(f):\n    assert f(1) == 2\ncheck(f)", ("f",)),  # an argument of the same name
+        ("match f(1):\n    case [x]:\n        assert x", ("f",)),
+        ("assert [y for y in f(3)] == [g(y := 2)]", ("f", "g")),
+        ("def check():\n    global seen\n    seen = f(1)\ncheck()\nassert seen == 1", ("f",)),
+        ("import abc\nclass C:\n    x = f(1)\n    def test(self):\n        assert self.x == g\nC().test()", ("f", "g")),
+        ("for x in f(2):\n    assert x", ("f",)),
+        ("try:\n    f(-1)\nexcept ValueError:\n    pass\nelse:\n    raise AssertionError", ("f",)),
+    ],
+)
+def test_names_are_read_by_pythons_scopes(tests: str, names: tuple[str, ...]) -> None:
+    assert asserts_program([tests], "").names == names
+
+
+@pytest.mark.parametrize(
+    ("tests", "fault"),
+    [
+        ("# todo", "they use no name"),
+        ("assert True", "they use no name"),
+        ("assert sum([1, 2]) == 3", "they use no name"),  # Python's own would be asked, whatever the solution's does
+        ('{"inputs": ["1 2"], "outputs": ["3"]}', "they use no name"),
+        ("def test_add():\n    assert add(1, 2) == 3", "nothing is asserted"),
+        ("class Test:\n    def test_add(self):\n        assert add(1, 2) == 3", "nothing is asserted"),
+        ("x = add(1, 2)", "nothing is asserted"),
+    ],
+)
+def test_tests_that_any_program_would_pass_are_no_tests(tmp_path: Path, tests: str, fault: str) -> None:
+    task = one(tmp_path, DOUBLE | {"tests": tests})
+    with pytest.raises(SapoError, match=rf"line 1: its tests cannot be read: {fault}"):
+        task.questions("worked")
 
 
 @pytest.mark.parametrize(

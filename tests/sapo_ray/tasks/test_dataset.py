@@ -19,6 +19,7 @@ from sapo_ray.encoding import Chat
 from sapo_ray.errors import SapoError
 from sapo_ray.files import Folder
 from sapo_ray.tasks import SPLITS, Math, MathConfig, make_task
+from sapo_ray.tasks.dataset import field_of
 from sapo_ray.tasks.prompts import PromptConfig
 from sapo_ray.tasks.sources import SourceConfig
 
@@ -300,3 +301,9 @@ def test_a_data_task_has_no_alphabet_and_no_oracle(tmp_path: Path) -> None:
     task = make_task(config(tmp_path))
     assert task.alphabet is None
     assert task.oracle(task.questions("worked")[0], ["1"]) is None
+
+
+def test_a_number_is_read_as_people_write_it() -> None:
+    source = SourceConfig(path="data.jsonl", answer="cost")
+    costs = [51.0, 0.1 + 0.2, -2.5, 7]
+    assert [field_of(source, "answer", {"cost": cost}) for cost in costs] == ["51", "0.3", "-2.5", "7"]
