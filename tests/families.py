@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,9 @@ def _gemma_tokenizer() -> PreTrainedTokenizerBase:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     backend.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=384, special_tokens=[*special, *bytes_]))
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+    backend = Tokenizer.from_str(json.dumps(state))  # bytes are no special tokens, which engines leave out of texts
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return TokenizersBackend(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=GEMMA_CHAT

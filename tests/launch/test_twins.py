@@ -39,7 +39,7 @@ SIZES = [
     *("rounds=1", "task.worked=40", "task.pool=30", "task.validation=10", "task.test=8"),
     *("engine.max_model_len=320", "sampling.max_tokens=64", "sampling.samples=4", "sampling.max_samples=4"),
     *("evaluation.samples=2", "evaluation.sampled_questions=8", "evaluation.verification=10"),
-    *("sft.epochs=12", "sft.batch_size=4", "sft.learning_rate=5e-3", "labeling.fraction=1", "labeling.rollouts=4"),
+    *("sft.epochs=30", "sft.batch_size=4", "sft.learning_rate=5e-3", "labeling.fraction=1", "labeling.rollouts=4"),
     *("prm.learning_rate=1e-3", "pairs.eta=0", "align.learning_rate=1e-4"),
 ]
 
