@@ -128,7 +128,8 @@ class Run:
             data = self._store.dataset(number, "pairs")
             self._train(stage, "orpo", align, init, data, "reasoner", number, beta=align.beta)
         else:
-            self._keep(stage, "reasoner", number, "no pair reaches pairs.eta and no solution is right")
+            rest = "no solution is right" if self.config.pairs.keep_unpaired else "pairs.keep_unpaired is false"
+            self._keep(stage, "reasoner", number, f"no pair reaches pairs.eta and {rest}")
         if self.config.verify:
             self._use(reasoner=number, verifier=number)
             self._verify_self(number, "self-verification-aligned")

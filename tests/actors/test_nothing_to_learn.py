@@ -202,7 +202,7 @@ def test_empty_completions_skip_what_needs_samples(
     assert not list(store.read(1, "trajectories"))
     assert recorder.warnings[-2:] == [
         "round-1/prm skipped: no trajectory was labelled; verifier-1 is verifier-0",
-        "round-1/align skipped: no pair reaches pairs.eta and no solution is right; reasoner-1 is reasoner-0",
+        "round-1/align skipped: no pair reaches pairs.eta and pairs.keep_unpaired is false; reasoner-1 is reasoner-0",
     ]
     for role in ("reasoner", "verifier"):
         assert _same(store.checkpoint(role, 1), store.checkpoint(role, 0))

@@ -56,9 +56,9 @@ def mbpp(number: int) -> dict[str, Any]:
     return {
         "text": f"{number}?",
         "code": f"def f():\r\n    x = {bit}\r\n    return x",
-        "test_list": [f"assert f() in (0, 1) # {number}", f"assert f() == {bit}"],
+        "test_list": [f"assert f() in (0, 1) # {number}"],
         "test_setup_code": "",
-        "challenge_test_list": [],
+        "challenge_test_list": [f"assert f() == {bit}"],  # which no prompt shows
     }
 
 
