@@ -133,10 +133,9 @@ class Solver:
 
     async def _is_correct(self, request_id: str, answer: str | None, gold: str) -> bool:
         program = self.task.program(answer, gold)
-        if program is None and self.task.slow_to_judge:
-            return await asyncio.to_thread(self.task.is_correct, answer, gold)
         if program is None:
-            return self.task.is_correct(answer, gold)
+            judge = self.task.is_correct
+            return await asyncio.to_thread(judge, answer, gold) if self.task.slow_to_judge else judge(answer, gold)
         if self._execute is None:
             raise RuntimeError(
                 f"request {request_id}: nothing runs its program; task.programs must say that there are some"

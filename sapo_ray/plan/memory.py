@@ -19,8 +19,6 @@ _BUCKET = 500_000_000
 """Elements of DeepSpeed's buffer for gradients on their way (`reduce_bucket_size`)."""
 _GATHERED = 1_000_000_000
 """Most weights that ZeRO 3 keeps whole at a time (`stage3_max_live_parameters`)."""
-
-
 _LIBRARIES = 0.7 * GIB
 """Of the memory of a process with torch, what is its own before it loads a model; an engine is two such processes."""
 _BESIDE = 2.5 * GIB

@@ -149,9 +149,12 @@ def _cleaned(text: str) -> str:
 
 def _without_unit(text: str) -> tuple[str, str]:
     found = _UNIT.search(text)
-    if found and _NO_UNIT.search(found[1] or ""):
-        return f"{text[: found.start()]} {found[1].strip()}", ""
-    return (text[: found.start()], "".join(map(_unit, found.groups(default="")))) if found else (text, "")
+    if found is None:
+        return text, ""
+    value = text[: found.start()]
+    if _NO_UNIT.search(found[1] or ""):
+        return f"{value} {found[1].strip()}", ""
+    return value, "".join(map(_unit, found.groups(default="")))
 
 
 def _unit(text: str) -> str:
