@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
@@ -41,6 +42,9 @@ _NO_UNIT = re.compile(
 )
 """Words that change a number or stand between two."""
 _WORDS = re.compile(r"[A-Za-z]{4,}(?:[ -][A-Za-z]+)*")
+_FRACTION_SIGN = re.compile("[¼-¾⅐-⅞]")
+_AND = re.compile(r"(?<=[\d)}\]$]),?\s+and\s+(?=[-+−]?[\d.(\[$\\])")
+"""Between two values, not between words."""
 _SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])|~|\{,\}(?=\d{3})")
 
 
@@ -139,7 +143,9 @@ def _plain_number(text: str) -> _Number | None:
 
 def _cleaned(text: str) -> str:
     """Without emphasis and dollar signs around it, spacing commands and a full stop at the end; a text that is all
-    `\\text` bare."""
+    `\\text` bare, `½` as `1/2`, and `1 and 2` as `1, 2`."""
+    text = _FRACTION_SIGN.sub(lambda sign: " " + unicodedata.normalize("NFKC", sign[0]).replace("⁄", "/"), text)
+    text = _AND.sub(", ", text)
     text = _SPACING.sub("", text.strip().strip("*`")).removesuffix(".").strip()
     for pattern in (r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}"):
         found = re.fullmatch(pattern, text)
