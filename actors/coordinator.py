@@ -44,7 +44,7 @@ from sapo_ray.metrics import best_threshold, self_verification_error
 from sapo_ray.models import CALIBRATION_FILE, CALIBRATION_ROWS, Calibration
 from sapo_ray.pairs import make_pairs, share_unlike, shuffled
 from sapo_ray.report import StreamReport
-from sapo_ray.sampler import Sampler, Solver, round_questions
+from sapo_ray.sampler import Sampler, Samples, Solver, round_questions
 from sapo_ray.shards import Kind, StageWriter
 from sapo_ray.store import (
     RunDirectory,
@@ -118,7 +118,7 @@ class Coordinator:
             self._go_on(writer, len(questions))
             attempts = self._engines.attempts(questions, lambda q: self._sampler.unique(q, "validation"))
             async for _, sampled in attempts:
-                await writer.add({"validation": map(trajectory_row, sampled[0] if sampled else ())})
+                await writer.add({"validation": map(trajectory_row, sampled.trajectories if sampled else ())})
         return self._notes(trajectories=writer.rows("validation"), files=writer.files)
 
     async def sample_and_label(self, round_number: int) -> dict[str, Any]:
@@ -128,16 +128,16 @@ class Coordinator:
         annotator = self._annotator(labeling) if config.verify else None
         questions = round_questions(self._task.questions("pool"), round_number, config.sampling.questions)
 
-        async def work(question: Question) -> tuple[list[Trajectory], int, list[Annotation]]:
-            trajectories, repeats = await self._sampler.unique(question, stage)
+        async def work(question: Question) -> tuple[Samples, list[Annotation]]:
+            samples = await self._sampler.unique(question, stage)
             if annotator is None:
-                return trajectories, repeats, []
-            chosen = [t for t in trajectories if is_labelled(t, labeling, config.seed)]
-            return trajectories, repeats, await together(self._label(annotator, question, t, stage) for t in chosen)
+                return samples, []
+            chosen = [t for t in samples.trajectories if is_labelled(t, labeling, config.seed)]
+            return samples, await together(self._label(annotator, question, t, stage) for t in chosen)
 
         with self._writer(f"{stage}/sample", "trajectories", "labels", "rollouts") as writer:
             questions = questions[writer.items :]
-            report = StreamReport.restored(self._start_score(), writer.state.get("report"))
+            report = StreamReport.restored(self._start_score(), labeling.allow_first_step, writer.state.get("report"))
             self._go_on(writer, len(questions), report)
             if annotator and round_number == 0 and not writer.resumed:
                 originals = map(trajectory_of, self._store.read(0, "original"))
@@ -145,10 +145,10 @@ class Coordinator:
             async for _, result in self._engines.attempts(questions, work):
                 if result:
                     report.add(*result)
-                trajectories, _, annotations = result or ([], 0, [])
+                samples, annotations = result or (Samples([], 0, 0), [])
                 await writer.add(
                     {
-                        "trajectories": map(trajectory_row, trajectories),
+                        "trajectories": map(trajectory_row, samples.trajectories),
                         "labels": map(label_row, distinct(annotations)),
                         "rollouts": (rollout_row(r) for a in annotations for r in a.rollouts),
                     }
@@ -172,7 +172,7 @@ class Coordinator:
         """The loaded reasoner's different trajectories of each question."""
         self._engines.begin(len(questions))
         stream = self._engines.stream(questions, lambda q: self._sampler.unique(q, stage))
-        return [(question, trajectories) async for question, (trajectories, _) in stream]
+        return [(question, samples.trajectories) async for question, samples in stream]
 
     async def label(
         self, items: Sequence[Item], labeling: LabelingConfig, stage: str

@@ -141,7 +141,7 @@ class Run:
         signs = self._stage(f"round-{number}/warnings", lambda: {"signs": warning_signs(number, self._notes)})["signs"]
         for sign in signs:
             self._reporter.warn(f"round {number}: {sign}")
-        self._store.write_summary(summary(self._notes, self.config.rounds))
+        self._store.write_summary(summary(self._store.stages(), self.config.rounds))
 
     def _use(self, reasoner: int | None = None, verifier: int | None = None) -> None:
         """The models that the next stages need: no verifier before there is one, nor in a run without `verify`."""

@@ -30,7 +30,7 @@ from actors.errors import KILLED
 from actors.flush import FLUSH_SECONDS
 from actors.telemetry import Telemetry
 from sapo_ray.errors import SapoError
-from sapo_ray.files import absolute
+from sapo_ray.files import Folder, absolute, split
 from sapo_ray.training import TrainerConfig, TrainJob, TrainResult, finished
 
 _OUT_OF_MEMORY = "killed due to the node running low on memory"  # ray.exceptions.OutOfMemoryError
@@ -183,6 +183,8 @@ class Trainer:
         stored = finished(job)
         news = _News(job, on_progress, on_updates)
         if stored is not None:
+            home, name = split(job.out)
+            Folder(home).clear(f"{name}.partial")  # left by one that was killed right after its export
             news.pass_on(stored.updates, stored.metrics)
             return stored
         self.start()

@@ -97,9 +97,20 @@ def label(
 def read_trajectories(task: Task, path: str) -> list[Item]:
     """A file's trajectories, each with its question. Raises SapoError for a record that does not fit, or for none."""
     questions = {q.id: q for split in SPLITS for q in task.questions(split)}
+    ids = set[str]()
 
     def item(row: Mapping[str, Any]) -> Item:
         trajectory = trajectory_of(row)
+        if trajectory.id in ids:
+            raise SapoError(
+                f"trajectory {trajectory.id!r} comes a second time; labels and rollouts go by ids, so give each its own"
+            )
+        if trajectory.source == "expanded":
+            raise SapoError(
+                f"trajectory {trajectory.id!r} is expanded from a check's rollout, which labels of its own would not "
+                "name; label the data set `trajectories`, or leave such rows out"
+            )
+        ids.add(trajectory.id)
         question = questions.get(trajectory.question_id)
         if question is None or question.text != trajectory.question:
             raise SapoError(f"question {trajectory.question_id!r} is not one of the config's task")

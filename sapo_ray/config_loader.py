@@ -17,6 +17,7 @@ import difflib
 import inspect
 import io
 import itertools
+import math
 import re
 import textwrap
 import types
@@ -74,7 +75,8 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
     """The config in the file `path`, which may be a URI, with overrides such as `train.lr=1e-3`, as a `schema`.
 
     Raises ConfigError for a file that cannot be read, an unknown key, a value of the wrong type or outside its
-    choices, a key without a value, and a value that a dataclass's `__post_init__` refuses with a ValueError.
+    choices, a number that is not finite, a key without a value, and a value that a dataclass's `__post_init__` refuses
+    with a ValueError.
     """
     merge = _Merge(schema, str(path))
     given = [_parse_override(override) for override in overrides]
@@ -219,6 +221,10 @@ class _Merge:
                 raise ConfigError(f"{self._source(key)}: {key} has no meaning: {_first_line(error)}") from error
             except ValueError as error:
                 raise ConfigError(self._refusal(section, str(error))) from error
+        for key in _keys(self.hints):
+            value = OmegaConf.select(self.config, key)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{self._source(key)}: {key} is {value}; it must be a finite number")
 
     def _refusal(self, section: str, message: str) -> str:
         """A ValueError's message with its source and, if it begins with the name of a key, that key's dotted name."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from sapo_ray.data import MASKED, LabelledTrajectory, Trajectory
+from sapo_ray.labelers.base import candidates
 
 Agree = Callable[[str, str], bool]
 """Whether two answers mean the same."""
@@ -125,9 +126,10 @@ def self_verification_error(
     return {kind: fmean(values) if values else None for kind, values in errors.items()}
 
 
-def largest_drop(scores: Sequence[float], start_score: float) -> float:
-    """The largest score drop into any step: what detection goes by."""
-    return max(before - at for before, at in zip((start_score, *scores), scores, strict=False))
+def largest_drop(scores: Sequence[float], start_score: float, *, allow_first_step: bool = True) -> float:
+    """The largest score drop into a step that may be the first error: what detection goes by."""
+    drops = [before - at for before, at in zip((start_score, *scores), scores, strict=False)]
+    return max(drops[step] for step in candidates(len(drops), allow_first_step))
 
 
 def repetitiveness(trajectories: Sequence[Trajectory]) -> float | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from sapo_ray.annotator import Annotation, distinct
 from sapo_ray.cost import Cost
-from sapo_ray.data import Trajectory
 from sapo_ray.metrics import label_counts, largest_drop, repetitiveness
+from sapo_ray.sampler import Samples
 
 Notes = Mapping[str, Any]
 FLATTENED = 0.5
@@ -23,8 +23,13 @@ REPETITIVE = 0.2
 DUPLICATED = 0.8
 """Warn when more than this share of a question's samples but the first, on average, repeats an earlier one, and it has
 risen (`RISEN`)."""
+EMPTY = 0.2
+"""Warn when more than this share of a question's samples, on average, has no finished step."""
 MEASURING = ("validation", "self-verification", "self-verification-aligned", "evaluate")
 """Stages that only measure: the method would do without them."""
+
+
+_SUMS = ("drops", "repeats", "duplicates", "empty")
 
 
 @dataclass
@@ -48,31 +53,35 @@ class StreamReport:
     """Counts over a stream of sampled and labelled trajectories, without keeping them."""
 
     start_score: float | None
+    allow_first_step: bool = True
     counts: Counter[str] = field(default_factory=Counter)
     cases: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
     drops: Sum = field(default_factory=Sum)
     repeats: Sum = field(default_factory=Sum)
     duplicates: Sum = field(default_factory=Sum)
+    empty: Sum = field(default_factory=Sum)
 
     @staticmethod
-    def restored(start_score: float | None, state: Mapping[str, Mapping[str, Any]] | None) -> StreamReport:
+    def restored(
+        start_score: float | None, allow_first_step: bool, state: Mapping[str, Mapping[str, Any]] | None
+    ) -> StreamReport:
         """The report that `state` was taken of; an empty one without."""
         if state is None:
-            return StreamReport(start_score)
-        counts = {name: Counter(state[name]) for name in ("counts", "cases", "steps")}
-        drops, repeats, duplicates = (Sum(**state[name]) for name in ("drops", "repeats", "duplicates"))
-        return StreamReport(start_score, **counts, drops=drops, repeats=repeats, duplicates=duplicates)
+            return StreamReport(start_score, allow_first_step)
+        fields: dict[str, Any] = {name: Counter(state[name]) for name in ("counts", "cases", "steps")}
+        fields |= {name: Sum(**state[name]) for name in _SUMS}
+        return StreamReport(start_score, allow_first_step, **fields)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What was counted so far, as JSON."""
         counts = {"counts": self.counts, "cases": self.cases, "steps": self.steps}
-        sums = {"drops": self.drops, "repeats": self.repeats, "duplicates": self.duplicates}
-        return {name: dict(count) for name, count in counts.items()} | {name: asdict(s) for name, s in sums.items()}
+        sums = {name: asdict(getattr(self, name)) for name in _SUMS}
+        return {name: dict(count) for name, count in counts.items()} | sums
 
-    def add(self, trajectories: Sequence[Trajectory], duplicates: int, annotations: Sequence[Annotation]) -> None:
-        """Count one question's trajectories, the samples dropped as duplicates of them, and the rows that became of the
-        trajectories, repeated ones left out."""
+    def add(self, samples: Samples, annotations: Sequence[Annotation]) -> None:
+        """Count one question's samples, and the rows that became of its trajectories, repeated ones left out."""
+        trajectories, duplicates, empty = samples
         self.counts["sampled"] += len(trajectories)
         self.counts["correct"] += sum(t.correct for t in trajectories)
         self.counts["truncated"] += sum(t.truncated for t in trajectories)
@@ -84,12 +93,13 @@ class StreamReport:
             self.repeats.add(repeats)
         if (further := len(trajectories) + duplicates - 1) > 0:
             self.duplicates.add(duplicates / further)
+        self.empty.add(empty / (len(trajectories) + duplicates + empty))
         for annotation in annotations:
             row = annotation.labelled[0]
             self.cases.update([row.case] if row.case else [])
             if row.scores is not None:
-                drop = largest_drop(row.scores, 1.0 if self.start_score is None else self.start_score)
-                self.drops.add(drop)
+                start = 1.0 if self.start_score is None else self.start_score
+                self.drops.add(largest_drop(row.scores, start, allow_first_step=self.allow_first_step))
 
     def notes(self) -> dict[str, Any]:
         return {
@@ -99,12 +109,14 @@ class StreamReport:
             "mean_largest_drop": self.drops.mean,
             "repetitiveness": self.repeats.mean,
             "duplicates": self.duplicates.mean,
+            "empty": self.empty.mean,
         }
 
 
 def warning_signs(number: int, notes: Mapping[str, Notes]) -> list[str]:
     """The signs of a failing run that the paper names: a round's notes held against the best of the rounds before."""
-    stream, signs = notes.get(f"round-{number}/sample", {}), []
+    stream, test = (notes.get(f"round-{number}/{stage}", {}) for stage in ("sample", "evaluate"))
+    signs = []
     drop, drops = _by_round(number, notes, "sample", "mean_largest_drop")
     error, errors = _by_round(number, notes, "self-verification", "all")
     share, shares = _by_round(number, notes, "sample", "duplicates")
@@ -112,8 +124,11 @@ def warning_signs(number: int, notes: Mapping[str, Notes]) -> list[str]:
         signs.append(f"score drops flatten: {drop:.3f} after {max(drops):.3f}; detection may be turning random")
     if error is not None and errors and error > min(errors) + RISEN:
         signs.append(f"self-verification error rises: {error:.3f} after {min(errors):.3f}")
-    if (repeats := stream.get("repetitiveness")) is not None and repeats > REPETITIVE:
-        signs.append(f"samples are repetitive: {repeats:.0%} of a solution's steps repeat an earlier one")
+    for what, figures in (("samples", stream), ("the new reasoner's test samples", test.get("test") or {})):
+        if (repeats := figures.get("repetitiveness")) is not None and repeats > REPETITIVE:
+            signs.append(f"{what} are repetitive: {repeats:.0%} of a solution's steps repeat an earlier one")
+    if (empty := stream.get("empty")) is not None and empty > EMPTY:
+        signs.append(f"samples are empty: {empty:.0%} of a question's samples have no finished step")
     if share is not None and shares and share > max(DUPLICATED, min(shares) + RISEN):
         all_but_first = f"{share:.0%} of a question's samples but the first repeat an earlier one"
         signs.append(f"samples hardly differ: {all_but_first}, {min(shares):.0%} before")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sapo_ray.concurrency import together
 from sapo_ray.data import Question, Trajectory, seed_of
@@ -51,6 +51,8 @@ class SamplingConfig:
             raise ValueError(f"temperature is {self.temperature}; it must lie between 0 and 2, which vLLM allows")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1")
+        if "" in self.stop:
+            raise ValueError(f"stop is {self.stop}; an empty string cannot end a solution")
         if self.max_samples < self.samples:
             raise ValueError(f"max_samples is {self.max_samples}; it must be at least samples = {self.samples}")
         if self.min_unique > self.max_samples:
@@ -143,6 +145,14 @@ class Solver:
         return (await self._execute(ExecuteRequest(request_id, program))).passed
 
 
+class Samples(NamedTuple):
+    """A question's different trajectories, and how many samples repeated one or had no finished step."""
+
+    trajectories: list[Trajectory]
+    repeats: int
+    empty: int
+
+
 class Sampler:
     """Samples whole solutions of questions."""
 
@@ -156,22 +166,23 @@ class Sampler:
         prefix, decoding = self._solver.prefix(question), self._config.decoding(greedy=greedy)
         return await together(self._one(prefix, f"{stage}/{question.id}/{k}", decoding) for k in numbers)
 
-    async def unique(self, question: Question, stage: str) -> tuple[list[Trajectory], int]:
+    async def unique(self, question: Question, stage: str) -> Samples:
         """At least `samples` samples, and on until `min_unique` different ones are found or `max_samples` drawn.
 
-        Empty solutions and repeats of an earlier sample are dropped; the second value counts these repeats.
+        Solutions without a finished step and repeats of an earlier sample are dropped, and counted.
         """
-        drawn, repeats, found = 0, 0, dict[tuple[str, ...], Trajectory]()
+        drawn, repeats, empty, found = 0, 0, 0, dict[tuple[str, ...], Trajectory]()
         while drawn < self._config.samples or (
             len(found) < self._config.min_unique and drawn < self._config.max_samples
         ):
             more = min(self._config.samples, self._config.max_samples - drawn)
             for trajectory in await self.sample(question, stage, range(drawn, drawn + more)):
+                empty += not trajectory.steps
                 if trajectory.steps:
                     repeats += trajectory.steps in found
                     found.setdefault(trajectory.steps, trajectory)
             drawn += more
-        return list(found.values()), repeats
+        return Samples(list(found.values()), repeats, empty)
 
     async def _one(self, prefix: Prefix, request_id: str, decoding: Sampling) -> Trajectory:
         solution = await self._solver.solve(prefix, request_id, decoding)

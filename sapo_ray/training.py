@@ -96,9 +96,12 @@ class TrainConfig:
         for key in ("weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_minutes"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
-        for key in ("warmup_ratio", "min_lr_ratio", "beta1", "beta2"):
+        for key in ("warmup_ratio", "min_lr_ratio"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must lie between 0 and 1")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 0 and below 1")
         if self.max_updates is not None and self.max_updates < 1:
             raise ValueError(f"max_updates is {self.max_updates}; it must be at least 1, or null")
         if self.zero_stage not in range(4):

@@ -167,8 +167,11 @@ def test_a_job_at_fault_fails_with_its_cause_and_the_group_lives_on(home: Path, 
 
 def test_a_finished_job_is_not_trained_again(home: Path, trainers: dict[int, Trainer]) -> None:
     first, told = trainers[1].train(job(home, "once", max_updates=2)), list[dict[str, float]]()
+    left = Path(job(home, "once").out).with_name("once.partial")  # by one that was killed right after its export
+    (left / "update-1").mkdir(parents=True)
     assert trainers[1].train(job(home, "once", max_updates=2), on_updates=told.extend) == first
     assert told == first.metrics
+    assert not left.exists()
 
 
 def test_a_training_is_told_update_by_update_counted_and_logged(

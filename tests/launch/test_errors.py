@@ -55,6 +55,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.extend([label_row(LabelledTrajectory(one, "saps", (1, 0)))])
     with closing(data.writer(3, "trajectories")) as writer:
         writer.extend([trajectory_row(replace(one, answer=None, truncated=True))])
+    with closing(data.writer(4, "trajectories")) as writer:
+        writer.extend([trajectory_row(one), trajectory_row(replace(one, steps=("1+1=3\n",)))])
+    with closing(data.writer(5, "trajectories")) as writer:
+        writer.extend([trajectory_row(replace(one, source="expanded"))])
     data.writer(1, "trajectories").close()
     data.writer(1, "labels").close()
     broken = folder / "broken"
@@ -227,6 +231,14 @@ OMEGA = [*REASONER, "labeling.labeler=omega"]
         (
             ["FILES/round-3/trajectories", *OMEGA],
             "FILES/round-3/trajectories: labeling.truncated, fraction and right_fraction leave none of 1 rows",
+        ),
+        (
+            ["FILES/round-4/trajectories", *OMEGA],
+            "FILES/round-4/trajectories, record 1: trajectory 'one' comes a second time; labels and rollouts go by ids",
+        ),
+        (
+            ["FILES/round-5/trajectories", *OMEGA],
+            "FILES/round-5/trajectories, record 0: trajectory 'one' is expanded from a check's rollout",
         ),
         (["FILES/round-1/trajectories", *OMEGA], "FILES/round-1/trajectories holds no trajectory"),
         (["FILES/verifier", *OMEGA], "FILES/verifier holds no trajectory"),

@@ -12,6 +12,7 @@ from sapo_ray.annotator import Annotation
 from sapo_ray.cost import Cost
 from sapo_ray.data import Case, LabelledTrajectory, Trajectory
 from sapo_ray.report import StreamReport, summary, warning_signs
+from sapo_ray.sampler import Samples
 
 
 def trajectory(name: str, steps: str, *, correct: bool = False, answer: str | None = "1") -> Trajectory:
@@ -34,16 +35,15 @@ def test_stream_report_by_hand() -> None:
     expansion = labelled(trajectory("e", "ac"), (1, 0), parent="w")
     again = labelled(right, (0, 0), parent="w")
     report.add(
-        [right, wrong, cut],
-        1,
+        Samples([right, wrong, cut], 1, 0),
         [
             Annotation([labelled(right, (1, 1), "correct")]),
             Annotation([labelled(wrong, (1, -1), "b", (0.8, 0.2)), expansion, again]),
         ],
     )
-    report.add([cut], 1, [])
-    report.add([cut], 0, [])  # a first sample repeats none
-    report.add([], 0, [])
+    report.add(Samples([cut], 1, 2), [])
+    report.add(Samples([cut], 0, 0), [])  # a first sample repeats none
+    report.add(Samples([], 0, 4), [])
     assert report.notes() == {
         "trajectories": {
             "sampled": 5,
@@ -57,8 +57,9 @@ def test_stream_report_by_hand() -> None:
         "mean_largest_drop": pytest.approx(0.6),
         "repetitiveness": pytest.approx((0.5 / 3 + 0 + 0) / 3),
         "duplicates": pytest.approx((1 / 3 + 1) / 2),
+        "empty": pytest.approx((0 + 2 / 4 + 0 + 1) / 4),
     }
-    restored = StreamReport.restored(0.9, json.loads(json.dumps(report.state())))
+    restored = StreamReport.restored(0.9, True, json.loads(json.dumps(report.state())))
     assert restored.notes() == report.notes()
 
 
@@ -67,6 +68,14 @@ def test_a_stream_of_nothing_has_null_figures() -> None:
     assert notes["mean_largest_drop"] is None
     assert notes["repetitiveness"] is None
     assert notes["duplicates"] is None
+    assert notes["empty"] is None
+
+
+def test_drops_are_those_that_detection_may_go_by() -> None:
+    report = StreamReport(start_score=0.9, allow_first_step=False)
+    wrong = trajectory("w", "abc")
+    report.add(Samples([wrong], 0, 0), [Annotation([labelled(wrong, (0, 0, 0), "c", (0.2, 0.2, 0.1))])])
+    assert report.notes()["mean_largest_drop"] == pytest.approx(0.1)
 
 
 def signs(before: dict[str, Any], now: dict[str, Any], errors: Sequence[float | None] = (None, None)) -> list[str]:
@@ -131,6 +140,17 @@ def test_without_a_round_before_there_is_nothing_to_compare_with() -> None:
     assert warning_signs(0, {}) == []
     alone = {"round-0/sample": {"repetitiveness": 0.5}}
     assert warning_signs(0, alone) == ["samples are repetitive: 50% of a solution's steps repeat an earlier one"]
+
+
+def test_the_last_reasoner_is_looked_at_too() -> None:
+    notes = {"round-2/evaluate": {"test": {"repetitiveness": 0.95}}}
+    (sign,) = warning_signs(2, notes)
+    assert sign.startswith("the new reasoner's test samples are repetitive: 95%")
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.2, False), (0.21, True), (1.0, True), (None, False)])
+def test_samples_without_a_finished_step_are_a_sign(share: float | None, warned: bool) -> None:
+    assert signs({}, {"empty": share}) == ["samples are empty"] * warned
 
 
 TEST = {"greedy_accuracy": 0.5, "n": 4, "ci95": [0.15, 0.85], "pass_at_k": 0.75}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sapo_ray.data import Question, Trajectory, seed_of
 from sapo_ray.models import character_tokenizer
 from sapo_ray.requests import Completion, ExecuteRequest, GenerateRequest
-from sapo_ray.sampler import Sampler, SamplingConfig, Solver, original_trajectory, round_questions
+from sapo_ray.sampler import Sampler, Samples, SamplingConfig, Solver, original_trajectory, round_questions
 from sapo_ray.sandbox import Verdict
 from sapo_ray.tasks import Code, CodeConfig
 from sapo_ray.tasks.chain import VOCABULARY, Chain, ChainConfig
@@ -46,13 +46,13 @@ class Reasoner:
         return Completion(request.id, text, tuple(TOKENIZER.encode(text)), finished, len(request.prompt_ids), 0)
 
 
-def drawn(reasoner: Reasoner, **config: Any) -> tuple[list[Trajectory], int]:
+def drawn(reasoner: Reasoner, **config: Any) -> Samples:
     sampler = Sampler(Solver(TASK, TOKENIZER, reasoner, seed=5), SamplingConfig(**config))
     return asyncio.run(sampler.unique(QUESTION, "round-1"))
 
 
 def unique(reasoner: Reasoner, **config: Any) -> list[Trajectory]:
-    return drawn(reasoner, **config)[0]
+    return drawn(reasoner, **config).trajectories
 
 
 TEXTS = ["7+3=0\n0*7=0\n", "7+3=1\n1*7=7\n", "7+3=0\n0*7=0\n", "7+3=0\n0*7=0", "", "7+3=0\n0*…", "\n"]
@@ -77,7 +77,7 @@ def test_a_truncated_solution_has_no_answer_even_where_it_shows_one() -> None:
 
 
 def test_a_solution_cut_off_in_its_first_step_is_none() -> None:
-    assert unique(Reasoner(lambda _: "7+3…"), samples=1) == []
+    assert drawn(Reasoner(lambda _: "7+3…"), samples=2) == ([], 0, 4)
 
 
 def test_a_program_is_run_and_its_verdict_says_whether_it_is_right(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_sampling_goes_on_until_enough_differ(
     texts: list[str], min_unique: int, asked: int, kept: list[int], repeats: int
 ) -> None:
     reasoner = Reasoner(texts.__getitem__)
-    found, dropped = drawn(reasoner, samples=2, min_unique=min_unique, max_samples=5)
+    found, dropped, _ = drawn(reasoner, samples=2, min_unique=min_unique, max_samples=5)
     assert sorted(r.id for r in reasoner.requests) == [f"round-1/q/{k}" for k in range(asked)]
     assert dropped == repeats
     assert [t.id for t in found] == [f"round-1/q/{k}" for k in kept]
@@ -217,6 +217,7 @@ def test_a_worked_solution_is_an_original_trajectory() -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"questions": -1}, "questions is -1"),
+        ({"stop": ["\n\n", ""]}, r"stop is \['\\n\\n', ''\]; an empty string"),
     ],
 )
 def test_impossible_configs_are_named(keys: dict[str, Any], named: str) -> None:

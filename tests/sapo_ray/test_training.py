@@ -55,6 +55,8 @@ def test_the_learning_rate_rises_then_falls_within_its_bounds(
     [
         ({"batch_size": 0}, "batch_size is 0; it must be above 0"),
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5; it must lie between 0 and 1"),
+        ({"beta1": 1.0}, "beta1 is 1.0; it must be at least 0 and below 1"),
+        ({"beta2": -0.1}, "beta2 is -0.1; it must be at least 0 and below 1"),
         ({"checkpoint_minutes": -1.0}, "checkpoint_minutes is -1.0; it must not be negative"),
         ({"zero_stage": 4}, "zero_stage is 4; it must be 0, 1, 2 or 3"),
         (
