@@ -27,8 +27,6 @@ EMPTY = 0.2
 """Warn when more than this share of a question's samples, on average, has no finished step."""
 MEASURING = ("validation", "self-verification", "self-verification-aligned", "evaluate")
 """Stages that only measure: the method would do without them."""
-
-
 _SUMS = ("drops", "repeats", "duplicates", "empty")
 
 
