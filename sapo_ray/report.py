@@ -68,7 +68,7 @@ class StreamReport:
         if state is None:
             return StreamReport(start_score, allow_first_step)
         fields: dict[str, Any] = {name: Counter(state[name]) for name in ("counts", "cases", "steps")}
-        fields |= {name: Sum(**state[name]) for name in _SUMS}
+        fields |= {name: Sum(**state[name]) for name in _SUMS if name in state}  # an older version counted less
         return StreamReport(start_score, allow_first_step, **fields)
 
     def state(self) -> dict[str, dict[str, Any]]:

@@ -61,6 +61,8 @@ def test_stream_report_by_hand() -> None:
     }
     restored = StreamReport.restored(0.9, True, json.loads(json.dumps(report.state())))
     assert restored.notes() == report.notes()
+    older = {name: count for name, count in report.state().items() if name != "empty"}
+    assert StreamReport.restored(0.9, True, older).notes() == {**report.notes(), "empty": None}
 
 
 def test_a_stream_of_nothing_has_null_figures() -> None:
