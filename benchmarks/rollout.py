@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ class PoolOfOne:
         """Tokens made, and the seconds they took."""
         return self._loop.run_until_complete(self._generate(requests))
 
+    def close(self) -> None:
+        self._loop.run_until_complete(self._pool.close())
+
     async def _generate(self, requests: list[GenerateRequest]) -> tuple[int, float]:
         start = time.perf_counter()
         completions = await asyncio.gather(*map(self._pool.submit, requests))
@@ -154,12 +158,13 @@ def compare(args: argparse.Namespace, model: str) -> dict[str, float]:
     vllm_variables = dict(variables)
     if args.default_processes:
         vllm_variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    contenders = {
-        "pool, one worker": PoolOfOne(config, model),
-        "vllm.LLM": Remote(BareVLLM, config, model, vllm_variables),
-        "transformers": Remote(Transformers, config, model, variables),
-    }
-    rates = measure(contenders, args, AutoConfig.from_pretrained(model).vocab_size)
+    with closing(PoolOfOne(config, model)) as pool:
+        contenders = {
+            "pool, one worker": pool,
+            "vllm.LLM": Remote(BareVLLM, config, model, vllm_variables),
+            "transformers": Remote(Transformers, config, model, variables),
+        }
+        rates = measure(contenders, args, AutoConfig.from_pretrained(model).vocab_size)
     for name, values in rates.items():
         turns = " ".join(f"{value:,.0f}" for value in values)
         print(f"{name:<18} {statistics.median(values):>9,.0f} tokens/s   turns: {turns}")
