@@ -125,7 +125,7 @@ class Training:
         self.job, self.device, self.begun = job, device, time.monotonic()
         home, self.name = split(job.out)
         self.home = Folder(home) if job.driver is None else HeldFolder(home, job.driver, Folder(joined(home, "..")))
-        self.partial = f"{self.name}.partial"
+        self.partial = job.partial
         self.adapts = job.config.lora is not None  # and all weights but the adapters and a new head are frozen
         self.objective: Objective = _together(lambda: make_objective(job.objective, job.params))
         self.init: str = _together(lambda: local_checkpoint(job.init))

@@ -183,8 +183,8 @@ class Trainer:
         stored = finished(job)
         news = _News(job, on_progress, on_updates)
         if stored is not None:
-            home, name = split(job.out)
-            Folder(home).clear(f"{name}.partial")  # left by one that was killed right after its export
+            home, _ = split(job.out)
+            Folder(home).clear(job.partial)  # left by one that was killed right after its export
             news.pass_on(stored.updates, stored.metrics)
             return stored
         self.start()

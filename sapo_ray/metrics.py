@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from sapo_ray.data import MASKED, LabelledTrajectory, Trajectory
-from sapo_ray.labelers.base import candidates
+from sapo_ray.labelers import first_error
 
 Agree = Callable[[str, str], bool]
 """Whether two answers mean the same."""
@@ -127,9 +127,9 @@ def self_verification_error(
 
 
 def largest_drop(scores: Sequence[float], start_score: float, *, allow_first_step: bool = True) -> float:
-    """The largest score drop into a step that may be the first error: what detection goes by."""
-    drops = [before - at for before, at in zip((start_score, *scores), scores, strict=False)]
-    return max(drops[step] for step in candidates(len(drops), allow_first_step))
+    """The score drop into the predicted first error: what detection goes by."""
+    step = first_error(scores, start_score, allow_first_step)
+    return (start_score, *scores)[step] - scores[step]
 
 
 def repetitiveness(trajectories: Sequence[Trajectory]) -> float | None:

@@ -179,6 +179,11 @@ class TrainJob:
     attention: str | None = None
     """What `model.attention` asks for. As it changes rounding alone, a training goes on with another."""
 
+    @property
+    def partial(self) -> str:
+        """The name of the directory beside `out` that holds its mid-training checkpoints, while there are any."""
+        return f"{split(self.out)[1]}.partial"
+
     def fingerprint(self) -> dict[str, Any]:
         """What must stay the same for a training to go on or to count as done. Paths are relative to `out`'s parent,
         so that a run directory can be moved."""
