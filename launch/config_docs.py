@@ -37,7 +37,8 @@ Mappings are merged key by key, lists are replaced, and `${section.key}` stands 
 directory's `config.yaml` holds every key as the run used it.
 
 A mistake ends the command with exit status 2 and one line, before anything is written or started. It names the file (or
-the command line), the key, and what is allowed:
+the command line), the key, and what is allowed. Where keys do not go together, or not with the task or the machine, it
+names them without their files:
 
 ```
 error: my.yaml: sampling.temprature is not a key; did you mean sampling.temperature?

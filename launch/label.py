@@ -49,6 +49,8 @@ def label(
 ) -> None:
     """Label the steps of TRAJECTORIES (a Parquet file or directory) as CONFIG's `labeling` section says.
 
+    Its columns are those of a run's trajectories, and its questions those of CONFIG's task.
+
     Leaves out what it leaves out of a run's samples: `truncated`, `fraction` and `right_fraction`. Writes labels and
     rollouts to the data sets OUT/round-0/labels and OUT/round-0/rollouts.
 

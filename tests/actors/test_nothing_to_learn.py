@@ -189,7 +189,6 @@ def test_labels_of_one_kind_are_warned_of(unanswered: tuple[RunDirectory, Record
     ]
 
 
-@pytest.mark.slow
 def test_empty_completions_skip_what_needs_samples(
     unanswered: tuple[RunDirectory, Recorder], config: RunConfig, tmp_path: Path
 ) -> None:

@@ -32,6 +32,27 @@ LABEL_COLUMNS = {
     *("trajectory_id", "question_id", "question", "steps", "answer", "correct", "source", "labeler", "scores"),
     *("predicted_first_error", "estimates", "case", "step_labels", "parent_id", "branch_step", "rollout_id"),
 }
+ACCURACY = {
+    *("greedy_accuracy", "n", "ci95", "sampled_accuracy", "k", "pass_at_k", "majority_accuracy", "repetitiveness"),
+}
+SUMMARY = {
+    "test": ACCURACY,
+    "ood": ACCURACY,
+    "verifier": {
+        *("step_accuracy", "threshold", "auroc", "brier", "first_error_hit_rate", "random_hit_rate"),
+        *("wrong_trajectories", "best_of_n_accuracy", "self_verification_error", "self_verification"),
+    },
+    "samples": {
+        *("trajectories", "labels", "cases", "step_labels", "mean_largest_drop", "repetitiveness", "duplicates"),
+        "empty",
+    },
+    "pairs": {"trajectories", "pairs", "unpaired", "share_unlike_outcome", "share_unlike_by_chance"},
+    "cost": {
+        *("trajectories", "checks", "rollouts", "prompt_tokens", "cached_tokens", "generated_tokens", "scored_tokens"),
+        *("trained_tokens", "programs", "program_timeouts", "program_seconds", "flops", "seconds", "stages"),
+    },
+}
+"""The sections of a round's summary, as docs/run-directory.md lists them."""
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -44,11 +65,13 @@ def sapo(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_summary_has_every_round_in_its_documented_shape(finished: RunDirectory) -> None:
     rounds = finished.summary()["rounds"]
     assert [entry["round"] for entry in rounds] == [0, 1]
+    shapes = [{name: set(entry[name]) for name in SUMMARY if entry[name] is not None} for entry in rounds]
+    assert shapes == [{name: keys for name, keys in SUMMARY.items() if name != "pairs"}, SUMMARY]
+    assert all(entry.keys() == {"round", *SUMMARY, "quarantined", "warnings"} for entry in rounds)
     for entry in rounds:
         assert entry["test"]["n"] == 20
         low, high = entry["test"]["ci95"]
         assert 0 <= low <= entry["test"]["greedy_accuracy"] <= high <= 1
-        assert entry["verifier"].keys() >= {"step_accuracy", "auroc", "brier", "first_error_hit_rate"}
         assert entry["cost"]["generated_tokens"] > 0
         assert entry["cost"]["seconds"]["evaluate"] > 0
     assert not math.isnan(json.loads(json.dumps(rounds[1]))["cost"]["flops"])
