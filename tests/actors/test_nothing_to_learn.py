@@ -199,9 +199,10 @@ def test_empty_completions_skip_what_needs_samples(
     with Run(replace(config, rounds=1, sampling=sampling, pairs=pairs), store, recorder) as run:
         sapo(run)
     assert not list(store.read(1, "trajectories"))
-    assert recorder.warnings[-2:] == [
+    assert recorder.warnings[-3:] == [
         "round-1/prm skipped: no trajectory was labelled; verifier-1 is verifier-0",
         "round-1/align skipped: no pair reaches pairs.eta and pairs.keep_unpaired is false; reasoner-1 is reasoner-0",
+        "round 1: samples are empty: 100% of a question's samples have no finished step",
     ]
     for role in ("reasoner", "verifier"):
         assert _same(store.checkpoint(role, 1), store.checkpoint(role, 0))
