@@ -2,9 +2,9 @@
 
 All of them share the reasoner, the verifier, the engine and the concurrency; the prefix cache is empty when each
 starts. They ask for the same rollouts of the same prefix, and what no check has proven keeps its pre-assigned label
-(`unproven: keep`). Of the task `chain` the trajectories have 5, 8 and 12 steps,
-and truth is its `reachable` oracle; of any other task they are of test questions, and truth is what shepherd says. The
-models are M_0 and V_0 of a config, trained at the first call, in a run directory of their own:
+(`unproven: keep`). Of the task `chain` the trajectories have 5, 8 and 12 steps, and truth is its `reachable` oracle; of
+any other task they are of test questions, and truth is what shepherd says. The models are M_0 and V_0 of a config,
+trained at the first call, in a run directory of their own:
 
     python benchmarks/labeling.py [--json] [--no-early-exit] [--trajectories N] [--config configs/labeling.yaml]
 """
