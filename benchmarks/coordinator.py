@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -34,8 +33,6 @@ import numpy as np
 import psutil
 import ray
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from actors.coordinator import Coordinator
 from launch.session import ray_session

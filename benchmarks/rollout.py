@@ -10,32 +10,45 @@ the machine does meets all of them; every figure is a median over the turns.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import click
 import ray
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from actors.reasoner import engine_args, environment, reasoner_pool, sampling_params
 from sapo_ray.models import ModelConfig, save_random_reasoner
 from sapo_ray.requests import EngineConfig, GenerateRequest, Sampling
 from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks.chain import VOCABULARY
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every contender is asked for."""
+
+    prompts: int
+    """A turn."""
+    prompt_tokens: int
+    tokens: int
+    """New ones of each prompt."""
+    repetitions: int
+    """Measured turns."""
 
 
 class BareVLLM:
@@ -124,39 +137,33 @@ class Remote:
         return made
 
 
-def measure(contenders: dict[str, Any], args: argparse.Namespace, vocabulary: int) -> dict[str, list[float]]:
+def measure(contenders: dict[str, Any], load: Load, vocabulary: int) -> dict[str, list[float]]:
     """Tokens per second of every contender in every turn; the first, unmeasured turn warms up."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(args.repetitions + 1):
-        requests = draw(args, turn, vocabulary)
+    for turn in range(load.repetitions + 1):
+        requests = draw(load, turn, vocabulary)
         for name, contender in contenders.items():
             tokens, seconds = contender.generate(requests)
-            if tokens != args.prompts * args.tokens:
-                raise RuntimeError(f"{name} made {tokens} tokens, not {args.prompts} x {args.tokens}")
+            if tokens != load.prompts * load.tokens:
+                raise RuntimeError(f"{name} made {tokens} tokens, not {load.prompts} x {load.tokens}")
             if turn:
                 rates[name].append(tokens / seconds)
     return rates
 
 
-def draw(args: argparse.Namespace, turn: int, vocabulary: int) -> list[GenerateRequest]:
+def draw(load: Load, turn: int, vocabulary: int) -> list[GenerateRequest]:
     """New prompts for every turn, so that none is in a prefix cache."""
     rng = random.Random(turn)
-    sampling = Sampling(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
-    prompts = [[rng.randrange(2, vocabulary) for _ in range(args.prompt_tokens)] for _ in range(args.prompts)]
+    sampling = Sampling(temperature=1.0, max_tokens=load.tokens, ignore_eos=True)
+    prompts = [[rng.randrange(2, vocabulary) for _ in range(load.prompt_tokens)] for _ in range(load.prompts)]
     return [GenerateRequest(f"{turn}-{i}", prompt, i, sampling) for i, prompt in enumerate(prompts)]
 
 
-def compare(args: argparse.Namespace, model: str) -> dict[str, float]:
-    """Measure, print a table, and return the two ratios."""
-    config = EngineConfig(
-        cpus_per_worker=args.threads,
-        gpus_per_worker=args.gpus,
-        dtype=args.dtype,
-        max_model_len=args.prompt_tokens + args.tokens,
-    )
+def compare(config: EngineConfig, model: str, load: Load, default_processes: bool) -> dict[str, float]:
+    """Measure, print a line each, and return the two ratios."""
     variables = environment(config)
     vllm_variables = dict(variables)
-    if args.default_processes:
+    if default_processes:
         vllm_variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with closing(PoolOfOne(config, model)) as pool:
         contenders = {
@@ -164,10 +171,10 @@ def compare(args: argparse.Namespace, model: str) -> dict[str, float]:
             "vllm.LLM": Remote(BareVLLM, config, model, vllm_variables),
             "transformers": Remote(Transformers, config, model, variables),
         }
-        rates = measure(contenders, args, AutoConfig.from_pretrained(model).vocab_size)
+        rates = measure(contenders, load, AutoConfig.from_pretrained(model).vocab_size)
     for name, values in rates.items():
         turns = " ".join(f"{value:,.0f}" for value in values)
-        print(f"{name:<18} {statistics.median(values):>9,.0f} tokens/s   turns: {turns}")
+        click.echo(f"{name:<18} {statistics.median(values):>9,.0f} tokens/s   turns: {turns}")
     return ratios(rates)
 
 
@@ -180,45 +187,56 @@ def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint; without it a random one of the size below is made")
-    parser.add_argument("--hidden-size", type=int, default=576)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--intermediate-size", type=int, default=1536)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs per contender; 0 compares on the CPU")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each contender")
-    parser.add_argument("--prompts", type=int, default=128, help="prompts a turn")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens a prompt, whatever the model says")
-    parser.add_argument("--repetitions", type=int, default=3, help="measured turns")
-    parser.add_argument(
-        "--default-processes",
-        action="store_true",
-        help="let vllm.LLM run on the CPU with its default processes; the pool's engine does with one fewer",
-    )
-    parser.add_argument("--json", action="store_true", help="end with the ratios as one line of JSON")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = arguments()
+@click.command()
+@click.option("--model", help="Checkpoint; without it a random one of the size below is made.")
+@click.option("--hidden-size", type=int, default=576, show_default=True)
+@click.option("--layers", type=int, default=12, show_default=True)
+@click.option("--heads", type=int, default=9, show_default=True)
+@click.option("--intermediate-size", type=int, default=1536, show_default=True)
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), default="float32", show_default=True)
+@click.option("--gpus", default=0.0, help="GPUs per contender; without one the CPU is compared on.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each contender.")
+@click.option("--prompts", type=click.IntRange(1), default=128, show_default=True, help="Prompts a turn.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=48, show_default=True, help="New tokens of each prompt.")
+@click.option("--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Measured turns.")
+@click.option(
+    "--default-processes",
+    is_flag=True,
+    help="Let vllm.LLM run on the CPU with its default processes; the pool's engine does with one fewer.",
+)
+@click.option("--json", "as_json", is_flag=True, help="End with the ratios as one line of JSON.")
+def main(
+    model: str | None,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    intermediate_size: int,
+    dtype: Dtype,
+    gpus: float,
+    threads: int,
+    default_processes: bool,
+    as_json: bool,
+    **load: int,
+) -> None:
+    """Compare the pool's tokens per second with vLLM's and transformers'."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    asked = Load(**load)
+    length = asked.prompt_tokens + asked.tokens
+    config = EngineConfig(cpus_per_worker=threads, gpus_per_worker=gpus, dtype=dtype, max_model_len=length)
     with tempfile.TemporaryDirectory() as folder:
-        shape = ModelConfig(
-            hidden_size=args.hidden_size,
-            layers=args.layers,
-            heads=args.heads,
-            intermediate_size=args.intermediate_size,
-            max_length=args.prompt_tokens + args.tokens,
-        )
-        if args.model is None:
+        if model is None:
+            shape = ModelConfig(
+                hidden_size=hidden_size,
+                layers=layers,
+                heads=heads,
+                intermediate_size=intermediate_size,
+                max_length=length,
+            )
             save_random_reasoner(shape, VOCABULARY, 0, Path(folder))
-        ratios = compare(args, args.model or folder)
-    print(json.dumps(ratios) if args.json else "\n".join(f"{name}: {ratio}" for name, ratio in ratios.items()))
+        ratios = compare(config, model or folder, asked, default_processes)
+    click.echo(json.dumps(ratios) if as_json else "\n".join(f"{name}: {ratio}" for name, ratio in ratios.items()))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import median, quantiles
 
 import click
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sapo_ray.sandbox import Program, Sandbox, SandboxConfig
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
 from benchmarks import rollout
 from sapo_ray.requests import GenerateRequest
 
-ARGS = argparse.Namespace(prompts=6, prompt_tokens=4, tokens=5, repetitions=3)
+LOAD = rollout.Load(prompts=6, prompt_tokens=4, tokens=5, repetitions=3)
 
 
 class Contender:
     """Takes a second less a turn; writes down what it was asked."""
 
-    def __init__(self, tokens: int = ARGS.prompts * ARGS.tokens) -> None:
+    def __init__(self, tokens: int = LOAD.prompts * LOAD.tokens) -> None:
         self.tokens, self.asked = tokens, list[list[GenerateRequest]]()
 
     def generate(self, requests: list[GenerateRequest]) -> tuple[int, float]:
@@ -24,8 +22,8 @@ class Contender:
 
 
 def test_prompts_are_new_in_every_turn_and_the_same_for_all() -> None:
-    turns = [rollout.draw(ARGS, turn, vocabulary=50) for turn in range(3)]
-    assert turns == [rollout.draw(ARGS, turn, vocabulary=50) for turn in range(3)]
+    turns = [rollout.draw(LOAD, turn, vocabulary=50) for turn in range(3)]
+    assert turns == [rollout.draw(LOAD, turn, vocabulary=50) for turn in range(3)]
     prompts = {tuple(request.prompt_ids) for requests in turns for request in requests}
     assert len(prompts) == len({request.id for requests in turns for request in requests}) == 18
     assert {len(prompt) for prompt in prompts} == {4}
@@ -35,7 +33,7 @@ def test_prompts_are_new_in_every_turn_and_the_same_for_all() -> None:
 
 def test_the_first_turn_warms_up_and_every_contender_gets_the_same_requests() -> None:
     one, other = Contender(), Contender()
-    rates = rollout.measure({"one": one, "other": other}, ARGS, vocabulary=50)
+    rates = rollout.measure({"one": one, "other": other}, LOAD, vocabulary=50)
     assert rates == {"one": [10.0, 15.0, 30.0], "other": [10.0, 15.0, 30.0]}
     assert one.asked == other.asked
     assert len(one.asked) == 4
@@ -43,7 +41,7 @@ def test_the_first_turn_warms_up_and_every_contender_gets_the_same_requests() ->
 
 def test_a_contender_that_makes_fewer_tokens_is_no_contender() -> None:
     with pytest.raises(RuntimeError, match="other made 29 tokens, not 6 x 5"):
-        rollout.measure({"one": Contender(), "other": Contender(tokens=29)}, ARGS, vocabulary=50)
+        rollout.measure({"one": Contender(), "other": Contender(tokens=29)}, LOAD, vocabulary=50)
 
 
 def test_ratios_are_medians_of_the_ratios_within_a_turn() -> None:
