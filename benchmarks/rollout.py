@@ -35,18 +35,19 @@ from sapo_ray.requests import EngineConfig, GenerateRequest, Sampling
 from sapo_ray.scaling import ScalingConfig
 from sapo_ray.tasks.chain import VOCABULARY
 
-Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class Load:
-    """What every contender is asked for."""
+    """What every contender is asked for, turn by turn."""
 
     prompts: int
-    """A turn."""
+    """Prompts in a turn."""
     prompt_tokens: int
+    """Tokens of each prompt."""
     tokens: int
-    """New ones of each prompt."""
+    """New tokens of each prompt."""
     repetitions: int
     """Measured turns."""
 
@@ -189,12 +190,18 @@ def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
 
 @click.command()
 @click.option("--model", help="Checkpoint; without it a random one of the size below is made.")
-@click.option("--hidden-size", type=int, default=576, show_default=True)
-@click.option("--layers", type=int, default=12, show_default=True)
-@click.option("--heads", type=int, default=9, show_default=True)
-@click.option("--intermediate-size", type=int, default=1536, show_default=True)
+@click.option("--hidden-size", type=click.IntRange(1), default=576, show_default=True)
+@click.option("--layers", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--heads", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--intermediate-size", type=click.IntRange(1), default=1536, show_default=True)
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="float32", show_default=True)
-@click.option("--gpus", default=0.0, help="GPUs per contender; without one the CPU is compared on.")
+@click.option(
+    "--gpus",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="GPUs of each of the three contenders, which are up at once (0.3 on a single GPU); 0 compares on the CPU.",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each contender.")
 @click.option("--prompts", type=click.IntRange(1), default=128, show_default=True, help="Prompts a turn.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True)
@@ -215,15 +222,18 @@ def main(
     dtype: Dtype,
     gpus: float,
     threads: int,
+    prompts: int,
+    prompt_tokens: int,
+    tokens: int,
+    repetitions: int,
     default_processes: bool,
     as_json: bool,
-    **load: int,
 ) -> None:
     """Compare the pool's tokens per second with vLLM's and transformers'."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    asked = Load(**load)
-    length = asked.prompt_tokens + asked.tokens
+    load = Load(prompts, prompt_tokens, tokens, repetitions)
+    length = prompt_tokens + tokens
     config = EngineConfig(cpus_per_worker=threads, gpus_per_worker=gpus, dtype=dtype, max_model_len=length)
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
@@ -235,8 +245,8 @@ def main(
                 max_length=length,
             )
             save_random_reasoner(shape, VOCABULARY, 0, Path(folder))
-        ratios = compare(config, model or folder, asked, default_processes)
-    click.echo(json.dumps(ratios) if as_json else "\n".join(f"{name}: {ratio}" for name, ratio in ratios.items()))
+        found = compare(config, model or folder, load, default_processes)
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{name}: {ratio}" for name, ratio in found.items()))
 
 
 if __name__ == "__main__":

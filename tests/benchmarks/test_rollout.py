@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import rollout
-from sapo_ray.requests import GenerateRequest
+from sapo_ray.requests import EngineConfig, GenerateRequest
 
 LOAD = rollout.Load(prompts=6, prompt_tokens=4, tokens=5, repetitions=3)
 
@@ -52,3 +53,17 @@ def test_ratios_are_medians_of_the_ratios_within_a_turn() -> None:
         "transformers": [10.0, 1.0, 25.0, 10.0],
     }
     assert rollout.ratios(rates) == {"pool_over_vllm": 0.85, "vllm_over_transformers": 10.0}
+
+
+def test_the_command_compares_what_its_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(config: EngineConfig, model: str, load: rollout.Load, default_processes: bool) -> dict[str, float]:
+        assert (config.max_model_len, model, load, default_processes) == (9, "a/model", LOAD, False)
+        return {"pool_over_vllm": 1.5}
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(rollout.ray, "init", lambda **_: None)
+    monkeypatch.setattr(rollout, "compare", compare)
+    arguments = ["--model=a/model", "--prompts=6", "--prompt-tokens=4", "--tokens=5", "--repetitions=3"]
+    found = CliRunner().invoke(rollout.main, [*arguments, "--json"], catch_exceptions=False)
+    assert found.stdout == '{"pool_over_vllm": 1.5}\n'
+    assert CliRunner().invoke(rollout.main, [*arguments, "--dtype=auto"]).exit_code == 2
