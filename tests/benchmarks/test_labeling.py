@@ -26,6 +26,7 @@ from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import ChainConfig
 
 COUNT = 4
+TASK: Any = load_config(RunConfig, labeling.CONFIG).task
 TOKENS = {"saps": 10, "shepherd": 40, "omega": 20, "random": 10, "outcome": 0}
 
 
@@ -48,14 +49,14 @@ class Coordinator:
         return getattr(self, method, lambda: None)(*args)
 
     def sample(self, questions: Sequence[Question], stage: str) -> list[tuple[Question, list[Trajectory]]]:
-        self.task = Chain(ChainConfig(modulus=97, max_operand=5))
+        self.task = Chain(TASK)
         return [(question, self._solutions(question)) for question in questions]
 
     def _solutions(self, question: Question) -> list[Trajectory]:
         """A right solution, one that ends too early, one without an answer, and a wrong one."""
         steps = self.task.solve(self.task.parse(question.text))
         written, _, result = steps[2].strip().rpartition("=")
-        off = str((int(result) + 1) % 97)
+        off = str((int(result) + 1) % TASK.modulus)
         rest = self.task.solve(self.task.parse(off + "".join(operations(question.text)[3:])))
         wrong = (*steps[:2], f"{written}={off}\n", *rest)
         texts = [steps, wrong[:-1], (*wrong[:-1], "?"), wrong]
@@ -183,7 +184,7 @@ class Without(Chain):
     """The task without its oracle."""
 
     def __init__(self) -> None:
-        super().__init__(ChainConfig(modulus=97, max_operand=5))
+        super().__init__(TASK)
 
     def oracle(self, question: Question, steps: Sequence[str]) -> None:
         return None
