@@ -18,6 +18,7 @@ import numpy as np
 from rich.table import Table
 from scipy.stats import bootstrap
 
+from launch.cli import Benchmark
 from launch.run import complete
 from launch.tables import table_console
 from sapo_ray.config import RunConfig
@@ -27,7 +28,7 @@ from sapo_ray.report import MEASURING
 RFT = ("verify=false", "pairs.max_per_question=0")
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--config", type=click.Path(dir_okay=False), default="configs/chain.yaml", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")

@@ -23,6 +23,7 @@ import click
 from rich.table import Table
 
 from actors.client import CoordinatorClient
+from launch.cli import Benchmark
 from launch.progress import ConsoleReporter
 from launch.run import complete
 from launch.session import ray_session
@@ -43,7 +44,7 @@ CHAINS, OTHERS = 300, 40
 Item = tuple[Question, Trajectory]
 
 
-@click.command()
+@click.command(cls=Benchmark)
 @click.option("--config", type=click.Path(dir_okay=False), default=str(CONFIG), show_default=True)
 @click.option(
     "--trajectories",

@@ -23,6 +23,16 @@ class Failure(click.ClickException):
         click.echo(f"error: {self.message}", err=True)
 
 
+class Benchmark(click.Command):
+    """A command of its own: a SapoError is one line, as from `sapo`; any other error shows where it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SapoError as error:
+            raise Failure(one_line(error)) from error
+
+
 class Commands(click.Group):
     """Loads a subcommand's module only when it is asked for, and turns errors into one line."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -12,12 +14,13 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 import ray
 from click.testing import CliRunner
 from transformers import AutoModelForTokenClassification
 
-from launch.cli import cli
+from launch.cli import Benchmark, cli
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory, Trajectory
@@ -335,6 +338,29 @@ def test_what_nobody_foresaw_is_one_line_too(files: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(RunDirectory, "summary", full)
     message = mistake("show", "FILES", folder=files)
     assert message == "RuntimeError: No space left on device (`sapo --debug …` shows where)"
+
+
+@pytest.mark.parametrize("module", ["controls", "labeling"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--config=none.yaml"], "none.yaml"), ([f"--config={TINY}", "sft.epoch=3"], "sft.epoch .*sft.epochs")],
+)
+def test_a_benchmark_of_what_cannot_be(
+    module: str, arguments: Sequence[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(importlib.import_module(f"benchmarks.{module}").main, arguments)
+    assert result.exit_code == 2
+    assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", result.output), result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_benchmarks_fault_of_its_own_keeps_its_traceback() -> None:
+    @click.command(cls=Benchmark)
+    def broken() -> None:
+        raise FileNotFoundError("a helper's own file")
+
+    assert isinstance(CliRunner().invoke(broken).exception, FileNotFoundError)
 
 
 def test_limits_that_are_not_reached_are_no_mistake(files: Path) -> None:
