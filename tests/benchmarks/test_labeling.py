@@ -26,7 +26,8 @@ from sapo_ray.tasks import Chain
 from sapo_ray.tasks.chain import ChainConfig
 
 COUNT = 4
-TASK: Any = load_config(RunConfig, labeling.CONFIG).task
+CONFIG: Any = load_config(RunConfig, labeling.CONFIG).task
+TASK = Chain(CONFIG)
 TOKENS = {"saps": 10, "shepherd": 40, "omega": 20, "random": 10, "outcome": 0}
 
 
@@ -49,18 +50,17 @@ class Coordinator:
         return getattr(self, method, lambda: None)(*args)
 
     def sample(self, questions: Sequence[Question], stage: str) -> list[tuple[Question, list[Trajectory]]]:
-        self.task = Chain(TASK)
         return [(question, self._solutions(question)) for question in questions]
 
     def _solutions(self, question: Question) -> list[Trajectory]:
         """A right solution, one that ends too early, one without an answer, and a wrong one."""
-        steps = self.task.solve(self.task.parse(question.text))
+        steps = TASK.solve(TASK.parse(question.text))
         written, _, result = steps[2].strip().rpartition("=")
-        off = str((int(result) + 1) % TASK.modulus)
-        rest = self.task.solve(self.task.parse(off + "".join(operations(question.text)[3:])))
+        off = str((int(result) + 1) % CONFIG.modulus)
+        rest = TASK.solve(TASK.parse(off + "".join(operations(question.text)[3:])))
         wrong = (*steps[:2], f"{written}={off}\n", *rest)
         texts = [steps, wrong[:-1], (*wrong[:-1], "?"), wrong]
-        answers = [self.task.answer(text) for text in texts]
+        answers = [TASK.answer(text) for text in texts]
         return [
             Trajectory(f"{question.id}/{k}", question.id, question.text, text, answer, answer == question.answer)
             for k, (text, answer) in enumerate(zip(texts, answers, strict=True))
@@ -71,7 +71,7 @@ class Coordinator:
         annotated = []
         items = [item for number, item in enumerate(items) if number != self.set_aside.get(config.labeler)]
         for question, trajectory in items:
-            truth = true_labels(self.task, question, trajectory)
+            truth = true_labels(TASK, question, trajectory)
             assert truth
             scores = [0.9, 0.9, *[0.1] * (len(truth) - 2)]
             labels = drive(
@@ -184,7 +184,7 @@ class Without(Chain):
     """The task without its oracle."""
 
     def __init__(self) -> None:
-        super().__init__(TASK)
+        super().__init__(CONFIG)
 
     def oracle(self, question: Question, steps: Sequence[str]) -> None:
         return None
