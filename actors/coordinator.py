@@ -140,7 +140,7 @@ class Coordinator:
             report = StreamReport.restored(self._start_score(), labeling.allow_first_step, writer.state.get("report"))
             self._go_on(writer, len(questions), report)
             if annotator and round_number == 0 and not writer.resumed:
-                originals = map(trajectory_of, self._store.read(0, "original"))
+                originals = (t for t in map(trajectory_of, self._store.read(0, "original")) if t.correct)
                 writer.extend({"labels": (label_row(annotator.labelled(t, label_correct(t))) for t in originals)})
             async for _, result in self._engines.attempts(questions, work):
                 if result:

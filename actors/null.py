@@ -21,6 +21,7 @@ from sapo_ray.files import Folder
 from sapo_ray.models import load_tokenizer
 from sapo_ray.requests import Completion, GenerateRequest, ScoreRequest, thread_environment
 from sapo_ray.tasks import Chain, ChainConfig
+from sapo_ray.tasks.chain import apply
 
 _MISJUDGED = 0.1
 """Share of the right steps that a null verifier scores at random, too."""
@@ -78,13 +79,14 @@ class NullReasoner(NullWorker):
         return completion
 
     def _answer(self, request: GenerateRequest, rng: Random) -> Completion:
-        modulus, error_rate = self._task.config.modulus, self._simulation.error_rate
+        error_rate = self._simulation.error_rate
 
-        def slip(result: int) -> int:
+        def compute(op: str, left: int, right: int, modulus: int) -> int:
+            result = apply(op, left, right, modulus)
             return (result + rng.randrange(1, modulus)) % modulus if rng.random() < error_rate else result
 
         question, *steps = self._task.split(self._text(request.prompt_ids)) or ("",)
-        text = "".join(self._task.solve(self._task.parse(question.removesuffix("\n")), steps, slip))
+        text = "".join(self._task.solve(self._task.parse(question.removesuffix("\n")), steps, compute))
         text = min((text.partition(stop)[0] for stop in request.sampling.stop), key=len, default=text)
         ids = [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
         made, finished = ids[: request.sampling.max_tokens], len(ids) <= request.sampling.max_tokens

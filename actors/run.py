@@ -17,6 +17,7 @@ from actors.client import CoordinatorClient
 from actors.trainer import Trainer
 from sapo_ray.config import RunConfig
 from sapo_ray.cost import Cost
+from sapo_ray.errors import SapoError
 from sapo_ray.files import absolute
 from sapo_ray.manifest import content_of
 from sapo_ray.models import save_random_reasoner
@@ -109,7 +110,12 @@ class Run:
             self._train(stage, "prm", self.config.prm, init, data, "verifier", number)
             self._use(verifier=number)
             self._stage(f"round-{number}/calibrate", lambda: self._coordinator.call("calibrate", number))
-        else:  # not in round 0, where the worked solutions are labelled, too
+        elif number == 0:
+            raise SapoError(
+                "round 0: no verifier can be trained, for no solution was labelled: no worked one comes to the answer, "
+                "and labeling.truncated, fraction and right_fraction leave no sample; set them anew in another run_dir"
+            )
+        else:
             self._keep(stage, "verifier", number, "no trajectory was labelled")
             self._use(verifier=number)
         self._verify_self(number, "self-verification")

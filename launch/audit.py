@@ -18,6 +18,7 @@ from sapo_ray.data import LabelledTrajectory
 from sapo_ray.errors import SapoError
 from sapo_ray.labelers import fixed_start_score, make_labeler
 from sapo_ray.models import Calibration
+from sapo_ray.sampler import original_trajectory
 from sapo_ray.sandbox import Sandbox
 from sapo_ray.shards import Kind
 from sapo_ray.store import RunDirectory, checkpoint_name, labelled_of, pair_of, rollout_of, trajectory_of
@@ -32,8 +33,9 @@ from sapo_ray.tasks.base import Split
 @click.pass_context
 def audit(ctx: click.Context, run_dir: str, no_programs: bool, as_json: bool) -> None:
     """Re-derive every label of RUN from its stored rollouts, every predicted first error from its scores, every answer
-    of a sample or rollout from its steps and every pair from its solutions and their scores; look for anything stored
-    twice or missing. Programs are run again, and once more where the verdict is another.
+    of a sample or rollout from its steps and every pair from its solutions and their scores; compare the worked
+    solutions with the task's; look for anything stored twice or missing. Programs are run again, and once more where
+    the verdict is another.
 
     Exits with 1 if something does not follow.
 
@@ -69,6 +71,8 @@ class RunAudit:
 
     def problems(self) -> Iterator[str]:
         """All that is wrong with the stages that are finished."""
+        if self._store.done("round-0/original"):
+            yield from self._originals()
         if self._store.done("round-0/validation"):
             yield from (f"validation: {problem}" for problem in self._samples(0, "validation", "validation"))
         for number in range(self._config.rounds + 1):
@@ -76,6 +80,15 @@ class RunAudit:
                 yield from (f"round {number}: {problem}" for problem in self._round(number))
             if self._store.done(f"round-{number}/pairs"):
                 yield from (f"round {number}: {problem}" for problem in self._pairs(number))
+
+    def _originals(self) -> Iterator[str]:
+        """Are they the task's worked solutions, each stored once?"""
+        yield from self._repeated(0, "original")
+        stored = {t.id: t for t in map(trajectory_of, self._store.read(0, "original"))}
+        worked = {t.id: t for t in map(original_trajectory, self._task.questions("worked"))}
+        for name in sorted(stored.keys() | worked.keys()):
+            if stored.get(name) != worked.get(name):
+                yield f"{name}: it is not the worked solution that the task has"
 
     def _round(self, number: int) -> Iterator[str]:
         notes = self._store.stages()[f"round-{number}/sample"]

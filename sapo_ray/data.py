@@ -27,12 +27,16 @@ def seed_of(run_seed: int, request_id: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its gold answer, and its worked solution where one is known."""
+    """A question with its gold answer, and its worked solution where one is known.
+
+    `solution_answer` is what that comes to where it is not the gold answer, else None.
+    """
 
     id: str
     text: str
     answer: str
     solution: tuple[str, ...] | None = None
+    solution_answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,7 +213,7 @@ def original_trajectory(question: Question) -> Trajectory:
         question_id=question.id,
         question=question.text,
         steps=question.solution,
-        answer=question.answer,
-        correct=True,
+        answer=question.solution_answer or question.answer,
+        correct=question.solution_answer is None,
         source="original",
     )

@@ -18,6 +18,10 @@ change that, so that a `strict` error need not cost the answer and `reachable` s
     masking     7+3*5-2        7+3=8 (wrong) / 8*5=0 / 0-2=8   ×5 modulo 10 takes all even values to 0
 
 `unused` adds assignments to a `variables` question that its answer does not depend on and that a solution skips.
+
+Worked solutions are right, unless `forgotten_carries` puts a habit into them that a reasoner then learns: some
+additions leave out the carry from the ones to the tens (28+3=21), and the lines after them go on from there. So it errs
+again and again in the same way, which a verifier can come to know.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ _MISSES = 2000
 _ACCUMULATOR_TEXT = r"[0-9]+([-+*=][0-9]+)+"
 _VARIABLES_TEXT = r"([a-z]=[0-9]+;)+([a-z]=([a-z][-+*])?([a-z]|[0-9]+);)+\?[a-z]"
 _Operand = str | int
+Compute = Callable[[str, int, int, int], int]
+"""An operator, its operands and the modulus -> the result."""
 
 
 @dataclass(kw_only=True)
@@ -85,6 +91,8 @@ class ChainConfig:
     """Test problems, as long as the training ones."""
     ood: int = 200
     """Test problems with longer chains."""
+    forgotten_carries: float = 0.0
+    """Share of the additions with a carry into the tens whose carry the worked solutions forget (28+3=21)."""
     seed: int = 0
     """Seed of the problems, apart from the run's seed, so that runs can share them."""
 
@@ -103,6 +111,12 @@ class ChainConfig:
         for key in ("unused", "worked", "pool", "validation", "test", "ood"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must not be negative")
+        if not 0 <= self.forgotten_carries <= 1:
+            raise ValueError(f"forgotten_carries is {self.forgotten_carries}; it must lie between 0 and 1")
+        if self.forgotten_carries and 10 % self.modulus == 0:
+            raise ValueError(
+                f"forgotten_carries is {self.forgotten_carries}; modulo {self.modulus} a carry into the tens is nothing"
+            )
         if self.unused and self.level != "variables":
             raise ValueError(f"unused is {self.unused}; only problems of the level `variables` have assignments")
         most = len(string.ascii_lowercase) - _LEAVES
@@ -148,6 +162,12 @@ def apply(op: str, left: int, right: int, modulus: int) -> int:
     return result % modulus
 
 
+def apply_without_carry(op: str, left: int, right: int, modulus: int) -> int:
+    """One operation modulo `modulus`, whose carry from the ones into the tens is forgotten if it is an addition."""
+    carry = 10 if op == "+" and left % 10 + right % 10 > 9 else 0
+    return (apply(op, left, right, modulus) - carry) % modulus
+
+
 def _value(operand: _Operand, values: dict[str, int]) -> int:
     return operand if isinstance(operand, int) else values[operand]
 
@@ -179,8 +199,8 @@ class Chain(Task):
     def oracle(self, question: Question, steps: Sequence[str]) -> OracleLabels:
         """True labels of every step of a solution, right or wrong.
 
-        `strict`: the line is, letter by letter, what a worked solution would have here, given the values that the
-        lines before it state. `reachable`: whoever works out the rest without a mistake, from the values stated so
+        `strict`: the line is, letter by letter, what a solution without mistakes would have here, given the values that
+        the lines before it state. `reachable`: whoever works out the rest without a mistake, from the values stated so
         far, ends with the gold answer. So a wrong line that states the right value is wrong by the first label only,
         and a right line that builds on a wrong value by the second only. `reachable` rises again where two errors
         cancel. That a solution stops too early is no line's fault.
@@ -207,18 +227,16 @@ class Chain(Task):
             raise ValueError(f"{text!r} is no chain problem of the level {self.config.level}")
         return _parse_variables(text) if self.config.level == "variables" else _parse_accumulator(text)
 
-    def solve(
-        self, program: Program, steps: Iterable[str] = (), slip: Callable[[int], int] = lambda result: result
-    ) -> tuple[str, ...]:
-        """The worked solution, from the values on that `steps` state: one line a statement, each ended by a newline.
+    def solve(self, program: Program, steps: Iterable[str] = (), compute: Compute = apply) -> tuple[str, ...]:
+        """The solution, from the values on that `steps` state: one line a statement, each ended by a newline.
 
-        Every result passes through `slip`, which may make a mistake of it that later lines go on from.
+        `compute` works every operation out; later lines go on from what it says, be it a mistake.
         """
         values, done, lines = program.values, 0, []
         for step in steps:
             values, done, _ = self._follow(program, values, done, step)
         for statement in program.statements[done:]:
-            result = slip(self._result(statement, values))
+            result = self._result(statement, values, compute)
             lines.append(self._line(statement, values, result) + "\n")
             values = {**values, statement.target: result}
         return tuple(lines)
@@ -250,8 +268,8 @@ class Chain(Task):
         found = re.fullmatch(r".*=([0-9]+)\n?", line)
         return (_ACCUMULATOR, int(found[1])) if found else None
 
-    def _result(self, s: Statement, values: dict[str, int]) -> int:
-        return apply(s.op, _value(s.left, values), _value(s.right, values), self.config.modulus)
+    def _result(self, s: Statement, values: dict[str, int], compute: Compute = apply) -> int:
+        return compute(s.op, _value(s.left, values), _value(s.right, values), self.config.modulus)
 
     def _line(self, s: Statement, values: dict[str, int], result: int) -> str:
         operation = f"{_value(s.left, values)}{s.op}{_value(s.right, values)}"
@@ -294,10 +312,23 @@ class Chain(Task):
         return made
 
     def _question(self, name: str, text: str, *, worked: bool) -> Question:
-        solution = self.solve(self.parse(text))
-        answer = self.answer(solution)
+        program = self.parse(text)
+        answer = self.answer(self.solve(program))
         assert answer is not None
-        return Question(name, text, answer, solution if worked else None)
+        if not worked:
+            return Question(name, text, answer)
+        solution = self.solve(program, compute=self._habit(name))
+        stated = self.answer(solution)
+        return Question(name, text, answer, solution, None if stated == answer else stated)
+
+    def _habit(self, name: str) -> Compute:
+        """How the worked solution of a question computes."""
+        rng, share = random.Random(f"{self.config.seed}/{name}/carries"), self.config.forgotten_carries
+
+        def compute(op: str, left: int, right: int, modulus: int) -> int:
+            return (apply_without_carry if rng.random() < share else apply)(op, left, right, modulus)
+
+        return compute
 
     def _draw(self, rng: random.Random, steps: int) -> str:
         draw = self._draw_variables if self.config.level == "variables" else self._draw_accumulator

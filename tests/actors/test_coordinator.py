@@ -142,6 +142,18 @@ def test_what_is_done_when_an_engine_dies_is_not_done_again(config: RunConfig, t
     assert shards(stopped, progress) == before
 
 
+def test_worked_solutions_that_miss_the_answer_are_not_labelled(config: RunConfig, tmp_path: Path) -> None:
+    task = replace(config.task, modulus=100, worked=60, forgotten_carries=0.5)
+    config, worked = replace(config, task=task), Chain(task).questions("worked")
+    right = {f"original/{q.id}" for q in worked if q.solution_answer is None}
+    store = begun(config, tmp_path)
+    stage(config, store.path, 0)
+    rows = [row for row in store.read(0, "labels") if row["source"] == "original"]
+    assert {row["trajectory_id"] for row in rows} == right
+    assert all(set(row["step_labels"]) == {1} for row in rows)
+    assert 0 < len(right) < len(worked) == len(list(store.read(0, "original")))
+
+
 def test_a_coordinator_of_a_driver_that_lost_its_lease_writes_nothing(config: RunConfig, tmp_path: Path) -> None:
     """Though the lease was another's when its stage began."""
     store = begun(config, tmp_path)

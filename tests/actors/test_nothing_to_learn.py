@@ -21,6 +21,7 @@ from launch.session import ray_session
 from sapo_ray.config import RunConfig
 from sapo_ray.config_loader import load_config
 from sapo_ray.data import LabelledTrajectory, Question
+from sapo_ray.errors import SapoError
 from sapo_ray.labelers import label_correct
 from sapo_ray.manifest import Manifest
 from sapo_ray.models import Calibration
@@ -214,6 +215,18 @@ def test_empty_completions_skip_what_needs_samples(
         one["test"]["greedy_accuracy"] == one["test"]["sampled_accuracy"] == one["verifier"]["best_of_n_accuracy"] == 0
     )
     assert (one["verifier"]["auroc"], one["verifier"]["brier"], one["test"]["repetitiveness"]) == (None, None, None)
+
+
+def test_no_first_verifier_without_a_label(config: RunConfig, tmp_path: Path) -> None:
+    """As where all worked solutions miss the answer, and no sample is to be labelled."""
+    store = RunDirectory(tmp_path / "unlabelled")
+    store.create()
+    store.finish("round-0/sample", {"labels": 0, "seconds": 0.0})
+    with Run(config, store, Recorder()) as run:
+        run.sample_and_label(0)
+        with pytest.raises(SapoError, match="round 0: no verifier can be trained, for no solution was labelled"):
+            run.train_verifier(0)
+    assert not (store.path / "checkpoints/verifier-0").exists()
 
 
 @pytest.mark.slow

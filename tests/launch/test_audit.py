@@ -163,3 +163,25 @@ def test_validation_samples_and_pairs_that_were_tampered_with_are_found(tmp_path
         f"round 1: pair {right.id} alone is missing",
     ]
     assert problems(sound) == ["round 1: pairs: 0 rows are stored, but 1 were made"]
+
+
+def test_the_worked_solutions_are_those_of_the_task(tmp_path: Path) -> None:
+    store = RunDirectory(tmp_path / "run")
+    store.create()
+    (store.path / "config.yaml").write_text(CONFIG)
+    rows = [trajectory_row(original_trajectory(q)) for q in TASK.questions("worked")]
+    store.finish("round-0/original", {"trajectories": 2})
+
+    def problems(*rows: Mapping[str, Any]) -> list[str]:
+        write(store, 0, "original", rows)
+        found = json.loads(CliRunner().invoke(cli, ["audit", str(store.path), "--json"]).stdout)
+        assert found["checked"] == {"original": len(rows)}
+        return [str(problem) for problem in found["problems"]]
+
+    one, other = (row["trajectory_id"] for row in rows)
+    assert problems(*rows) == []
+    assert problems(rows[0], {**rows[1], "correct": False}) == [
+        f"{other}: it is not the worked solution that the task has"
+    ]
+    assert problems(rows[1]) == [f"{one}: it is not the worked solution that the task has"]
+    assert problems(*rows, rows[0]) == [f"original: {one} is stored 2 times"]

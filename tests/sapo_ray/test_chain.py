@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sapo_ray.data import Question
 from sapo_ray.errors import SapoError
 from sapo_ray.tasks import SPLITS, Chain, ChainConfig, OracleLabels
-from sapo_ray.tasks.chain import VOCABULARY
+from sapo_ray.tasks.chain import VOCABULARY, apply_without_carry
 
 SIZES = {"worked": 40, "pool": 40, "validation": 10, "test": 20, "ood": 20}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -121,6 +121,50 @@ def test_options_are_off_by_default_and_show_when_on() -> None:
 
 
 @pytest.mark.parametrize(
+    ("op", "left", "right", "modulus", "result"),
+    [
+        ("+", 28, 3, 100, 21),
+        ("+", 27, 2, 100, 29),
+        ("+", 99, 1, 100, 90),
+        ("+", 1, 9, 97, 0),
+        ("+", 28, 13, 100, 31),
+        ("+", 95, 7, 97, 92),
+        ("-", 31, 3, 100, 28),
+        ("*", 28, 3, 100, 84),
+        ("=", 28, 31, 100, 31),
+    ],
+)
+def test_a_forgotten_carry_costs_an_addition_ten(op: str, left: int, right: int, modulus: int, result: int) -> None:
+    assert apply_without_carry(op, left, right, modulus) == result
+
+
+@pytest.mark.parametrize("level", ["accumulator", "variables"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_worked_solutions_forget_carries_and_say_what_they_come_to(level: str, share: float) -> None:
+    """Every line is right or off by a forgotten carry, given the values before it; the problems stay the same."""
+    keys: dict[str, Any] = {"level": level, "modulus": 100, "max_operand": 3, "worked": 200}
+    plain, task = chain("accumulator", **keys), chain("accumulator", **keys, forgotten_carries=share)
+    forgotten, carries = 0, 0
+    for right, q in zip(plain.questions("worked"), task.questions("worked"), strict=True):
+        assert (q.text, q.answer, right.solution_answer) == (right.text, right.answer, None)
+        assert q.solution is not None
+        assert (q.solution_answer or q.answer) == task.answer(q.solution)
+        assert q.solution_answer != q.answer
+        strict = task.oracle(q, q.solution).strict
+        for line, is_right in zip(q.solution, strict, strict=True):
+            left, one, result = map(int, re.findall(r"(\d+)[-+*](\d+)=(\d+)\n", line)[0])
+            wraps = "+" in line.split("=")[-2] and left % 10 + one % 10 > 9
+            assert is_right or (wraps and result == (left + one - 10) % 100)
+            forgotten, carries = forgotten + (not is_right), carries + wraps
+    assert forgotten == carries if share == 1 else 0.4 < forgotten / carries < 0.6
+    assert carries > 50
+    for split in ("pool", "validation", "test", "ood"):
+        assert task.questions(split) == plain.questions(split)
+    again = chain("accumulator", **{**keys, "worked": 250}, forgotten_carries=share)
+    assert again.questions("worked")[:200] == task.questions("worked")
+
+
+@pytest.mark.parametrize(
     ("keys", "named"),
     [
         ({"modulus": 1}, "modulus is 1"),
@@ -132,6 +176,9 @@ def test_options_are_off_by_default_and_show_when_on() -> None:
         ({"ood_min_steps": 11}, "ood_min_steps is 11"),
         ({"pool": -1}, "pool is -1"),
         ({"unused": 1}, "unused is 1"),
+        ({"forgotten_carries": -0.1}, "forgotten_carries is -0.1"),
+        ({"forgotten_carries": 1.5}, "forgotten_carries is 1.5"),
+        ({"forgotten_carries": 0.5}, "forgotten_carries is 0.5; modulo 10 a carry into the tens is nothing"),
         ({"level": "variables", "unused": 13}, "ood_max_steps is 10 and unused 13; together they must be at most 22"),
     ],
 )

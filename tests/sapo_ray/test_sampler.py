@@ -205,6 +205,12 @@ def test_a_worked_solution_is_an_original_trajectory() -> None:
         original_trajectory(QUESTION)
 
 
+def test_a_worked_solution_that_comes_to_another_answer_is_a_wrong_trajectory() -> None:
+    question = Question("q", "28+3", "31", ("28+3=21\n",), "21")
+    original = original_trajectory(question)
+    assert (original.answer, original.correct) == ("21", False)
+
+
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
