@@ -28,19 +28,25 @@ from sapo_ray.report import MEASURING
 RFT = ("verify=false", "pairs.max_per_question=0")
 
 
+def _numbers(_: click.Context, __: click.Parameter, value: str) -> list[int]:
+    seeds = value.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise click.BadParameter(f"{value!r} is no list of different whole numbers, such as 0,1,2")
+    return list(map(int, seeds))
+
+
 @click.command(cls=Benchmark)
 @click.option("--config", type=click.Path(dir_okay=False), default="configs/chain.yaml", show_default=True)
-@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers)
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON.")
 @click.argument("overrides", nargs=-1)
-def main(config: str, seeds: str, as_json: bool, overrides: Sequence[str]) -> None:
-    numbers = [int(seed) for seed in seeds.split(",")]
-    results = [_seed(config, seed, overrides) for seed in numbers]
+def main(config: str, seeds: list[int], as_json: bool, overrides: Sequence[str]) -> None:
+    results = [_seed(config, seed, overrides) for seed in seeds]
     pooled = {
         name: _difference([r[name]["correct"] for r in results], [r["sapo"]["correct"] for r in results])
         for name in ("sft", "rft")
     }
-    _print(numbers, results, pooled)
+    _print(seeds, results, pooled)
     if as_json:
         rows = [{name: arm["accuracy"] for name, arm in r.items()} for r in results]
         click.echo(json.dumps({"seeds": rows, "sapo_minus": pooled}))

@@ -39,6 +39,13 @@ SAPO_STAGES = {
 CONTROLS = {"sft": evaluation(True, True, False, False), "rft": evaluation(True, False, True, False)}
 
 
+@pytest.mark.parametrize("seeds", ["", "0,a", "0,,1", "-1", "1,01"])
+def test_seeds_are_different_whole_numbers(seeds: str) -> None:
+    result = CliRunner().invoke(controls.main, [f"--seeds={seeds}"])
+    assert result.exit_code == 2
+    assert f"{seeds!r} is no list of different whole numbers, such as 0,1,2" in result.stderr
+
+
 def test_each_seed_runs_sapo_longer_sft_and_right_samples_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Sequence[str]] = {}
 
