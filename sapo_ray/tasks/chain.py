@@ -313,8 +313,7 @@ class Chain(Task):
 
     def _question(self, name: str, text: str, *, worked: bool) -> Question:
         program = self.parse(text)
-        answer = self.answer(self.solve(program))
-        assert answer is not None
+        answer = self._finish(program, program.values, 0)
         if not worked:
             return Question(name, text, answer)
         solution = self.solve(program, compute=self._habit(name))

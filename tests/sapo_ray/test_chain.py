@@ -142,8 +142,8 @@ def test_a_forgotten_carry_costs_an_addition_ten(op: str, left: int, right: int,
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_worked_solutions_forget_carries_and_say_what_they_come_to(level: str, share: float) -> None:
     """Every line is right or off by a forgotten carry, given the values before it; the problems stay the same."""
-    keys: dict[str, Any] = {"level": level, "modulus": 100, "max_operand": 3, "worked": 200}
-    plain, task = chain("accumulator", **keys), chain("accumulator", **keys, forgotten_carries=share)
+    keys: dict[str, Any] = {"modulus": 100, "max_operand": 3, "worked": 200}
+    plain, task = chain(level, **keys), chain(level, **keys, forgotten_carries=share)
     forgotten, carries = 0, 0
     for right, q in zip(plain.questions("worked"), task.questions("worked"), strict=True):
         assert (q.text, q.answer, right.solution_answer) == (right.text, right.answer, None)
@@ -160,8 +160,8 @@ def test_worked_solutions_forget_carries_and_say_what_they_come_to(level: str, s
     assert carries > 50
     for split in ("pool", "validation", "test", "ood"):
         assert task.questions(split) == plain.questions(split)
-    again = chain("accumulator", **{**keys, "worked": 250}, forgotten_carries=share)
-    assert again.questions("worked")[:200] == task.questions("worked")
+    grown = chain(level, **{**keys, "worked": 250}, forgotten_carries=share)
+    assert grown.questions("worked")[:200] == task.questions("worked")
 
 
 @pytest.mark.parametrize(
